@@ -1,0 +1,75 @@
+// The key-value store as the rest of the code sees it: strings, revisions, leases, transactions, and one way to
+// follow a prefix. Two implementations exist: etcd (etcd/client.ts) and, for tests and simulation, memory.ts; one
+// conformance suite runs over both. Every call rejects with an EdgewayError: `coordination_unavailable` when the
+// store does not answer within its deadline, `lease_lost` when a lease is gone.
+
+/** A lease as the store names it. */
+export type LeaseId = string & { readonly __brand: 'LeaseId' };
+
+export interface KvEntry {
+  readonly key: string;
+  readonly value: string;
+  /** Revision at which the key came into being; 0 never occurs. */
+  readonly createRevision: number;
+  /** Revision of the last put. */
+  readonly modRevision: number;
+  /** Undefined when the key is durable. */
+  readonly lease?: LeaseId;
+}
+
+/** A condition of a transaction. Revision 0 means "the key does not exist". */
+export type Compare =
+  | { readonly key: string; readonly createRevision: number }
+  | { readonly key: string; readonly modRevision: number };
+
+export type Operation =
+  | { readonly kind: 'put'; readonly key: string; readonly value: string; readonly lease?: LeaseId }
+  | { readonly kind: 'delete'; readonly key: string };
+
+export interface TxnResult {
+  readonly succeeded: boolean;
+  /** The store's revision after the transaction: what a reader must reach to see it. */
+  readonly revision: number;
+}
+
+/** A change seen by a follower. */
+export type KvChange =
+  | { readonly kind: 'put'; readonly entry: KvEntry }
+  | { readonly kind: 'delete'; readonly key: string; readonly revision: number };
+
+/**
+ * What a follower is told. A snapshot replaces everything that was known below the prefix, deletions included; it
+ * comes first, and again after any gap (compaction, a member restored empty). `revision` never goes back while the
+ * cluster is the same one.
+ */
+export type KvBatch =
+  | { readonly kind: 'snapshot'; readonly entries: readonly KvEntry[]; readonly revision: number }
+  | { readonly kind: 'changes'; readonly changes: readonly KvChange[]; readonly revision: number };
+
+export interface Follower {
+  /** Stops; no callback follows. */
+  close(): Promise<void>;
+}
+
+export interface FollowListener {
+  batch(batch: KvBatch): void;
+  /** `live` turns false when the stream is cut and true when it is whole again; what was told stays valid. */
+  live(live: boolean): void;
+}
+
+export interface Kv {
+  get(key: string): Promise<KvEntry | undefined>;
+  /** All entries whose key begins with the prefix, in key order, at one revision. */
+  range(prefix: string): Promise<{ readonly entries: readonly KvEntry[]; readonly revision: number }>;
+  /** Applies `operations` when all `compares` hold; all or nothing. At most 128 operations (etcd's own limit). */
+  txn(compares: readonly Compare[], operations: readonly Operation[]): Promise<TxnResult>;
+  /** A new lease of that many seconds. */
+  grant(ttlS: number): Promise<LeaseId>;
+  /** Renews; resolves to the seconds granted, rejects with `lease_lost` when it has ended. */
+  keepAlive(lease: LeaseId): Promise<number>;
+  /** Ends a lease and deletes its keys; succeeds when it has ended already. */
+  revoke(lease: LeaseId): Promise<void>;
+  /** Lists, then watches, for ever; survives outages, compaction and restored members by itself. */
+  follow(prefix: string, listener: FollowListener): Follower;
+  close(): Promise<void>;
+}

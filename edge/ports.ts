@@ -1,0 +1,61 @@
+// The seams between the agent's machines and the world. Each is small enough to be implemented truly in a test.
+import type { ProxyCommand, ProxyConfig, ProxyReport } from './proxy/command.ts';
+
+/** Monotonic and wall time in milliseconds. */
+export interface Clock {
+  /** Never goes back; origin arbitrary. */
+  monotonicMs(): number;
+  /** Milliseconds since 1970, for people. */
+  wallMs(): number;
+}
+
+export interface CommandResult {
+  readonly status: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Runs a program of the host (`ip`, `nft`, `nsenter`, …) with an argument vector and, if given, standard input. */
+export interface Runner {
+  run(argv: readonly string[], stdin?: string): Promise<CommandResult>;
+}
+
+/** The few file operations that host set-up needs; paths are absolute. */
+export interface Files {
+  /** Undefined when it does not exist. */
+  read(path: string): Promise<string | undefined>;
+  /** Replaces the whole content atomically (a new file renamed over the old one). */
+  write(path: string, content: string): Promise<void>;
+  /** Truncates and writes the same inode: for files that somebody has bind-mounted. */
+  writeInPlace(path: string, content: string): Promise<void>;
+  /** Succeeds when it is gone already. */
+  remove(path: string): Promise<void>;
+}
+
+/** A container as the Docker Engine describes it. */
+export interface Container {
+  readonly id: string;
+  readonly name: string;
+  readonly pid: number;
+  /** Host path of the file that is mounted as /etc/resolv.conf, if the engine manages one. */
+  readonly resolvConfPath?: string;
+}
+
+export interface ContainerEngine {
+  /** By name, id or unambiguous id prefix. Rejects with container_unknown, container_not_running, docker_unavailable. */
+  inspect(nameOrId: string): Promise<Container>;
+}
+
+/** The packet loop, wherever it runs. Counters are cumulative since start. */
+export interface PacketLoop {
+  send(command: ProxyCommand): void;
+  counters(): Readonly<Record<string, number>>;
+  /** Flows currently tracked. */
+  flows(): number;
+  stop(): Promise<void>;
+}
+
+export type StartPacketLoop = (
+  config: ProxyConfig,
+  report: (report: ProxyReport) => void,
+) => Promise<PacketLoop>;

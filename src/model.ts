@@ -1,0 +1,84 @@
+// The nouns of the platform, as every other file uses them. Addresses are integers; text lives in records.ts.
+import type { Cidr, Ipv4 } from './addr.ts';
+import type { ServiceId } from './name.ts';
+import type { Plan } from './plan.ts';
+import type { Policy } from './policy.ts';
+
+/** What an operator may change for the whole network; written once by whoever comes first. */
+export interface NetworkConfig {
+  readonly plan: Plan;
+  /** VXLAN network identifier, 1 … 2^24-1. */
+  readonly vni: number;
+  /** Overlay MTU in bytes: underlay MTU − 36. */
+  readonly mtu: number;
+  readonly presenceTtlS: number;
+  readonly tenureTtlS: number;
+  readonly quarantineS: number;
+}
+
+/** A host running an agent. */
+export interface Node {
+  readonly node: string;
+  readonly cluster: string;
+  /** Where its tunnel is reached: node IP + EWP. */
+  readonly nodeIp: Ipv4;
+  readonly ewp: number;
+  /** North-south port, 0 when it has none. */
+  readonly nsp: number;
+  readonly subnet: Cidr;
+  readonly epoch: number;
+}
+
+/** Service descriptor of the seed documents, with their spelling. */
+export interface Descriptor {
+  readonly appname: string;
+  readonly appnamespace: string;
+  readonly servicename: string;
+  readonly servicenamespace: string;
+  readonly exposed: boolean;
+  /** Services that instances of this one may talk to; undefined = not declared. */
+  readonly needs?: readonly ServiceId[];
+  readonly ports: readonly number[];
+  readonly statefull: boolean;
+}
+
+export interface Service {
+  readonly id: ServiceId;
+  readonly descriptor: Descriptor;
+  /** ServiceIP per policy; a record written by hand may lack some until a role or an agent claims them. */
+  readonly addresses: Readonly<Partial<Record<Policy, Ipv4>>>;
+}
+
+/** One running copy of a service. */
+export interface Instance {
+  readonly service: ServiceId;
+  readonly instance: number;
+  readonly node: string;
+  readonly cluster: string;
+  readonly nodeIp: Ipv4;
+  readonly ewp: number;
+  readonly nsp: number;
+  /** Address inside its node's subnet. */
+  readonly namespaceIp: Ipv4;
+  /** Virtual address of exactly this instance. */
+  readonly instanceIp: Ipv4;
+  readonly ports: readonly number[];
+  /** Create revision of its node's subnet claim: a later owner has a greater one. */
+  readonly epoch: number;
+}
+
+/** Who holds a service address. */
+export type AddressOwner =
+  | { readonly kind: 'service'; readonly service: ServiceId; readonly policy: Policy }
+  | {
+      readonly kind: 'instance';
+      readonly service: ServiceId;
+      readonly instance: number;
+      readonly node: string;
+    };
+
+/** Who holds a node subnet. */
+export interface SubnetOwner {
+  readonly node: string;
+  readonly cluster: string;
+}

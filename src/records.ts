@@ -1,0 +1,291 @@
+// Keyspace values: JSON that a person can read with `etcdctl get`, versioned, one codec per key. Decoding is total:
+// a value or an error that names the key, the field and the rule. Unknown fields are kept out, not refused, so that
+// a newer minor writer does no harm; another `v` is refused.
+import * as v from 'valibot';
+import { formatCidr, formatIpv4, parseCidr, parseIpv4 } from './addr.ts';
+import { EdgewayError, fail, ok, type Result } from './error.ts';
+import * as limits from './limits.ts';
+import type {
+  AddressOwner,
+  Descriptor,
+  Instance,
+  NetworkConfig,
+  Node,
+  Service,
+  SubnetOwner,
+} from './model.ts';
+import { INSTANCE_NUMBER_MAX, parseName, parseServiceId, type ServiceId, serviceIdOf } from './name.ts';
+import { checkPlan, DEFAULT_PLAN } from './plan.ts';
+import { POLICIES } from './policy.ts';
+
+/** Turns one of our Result parsers into a valibot step that keeps its message. */
+function parsed<Out>(parse: (text: string) => Result<Out>) {
+  return v.pipe(
+    v.string(),
+    v.rawTransform(({ dataset, addIssue, NEVER }): Out => {
+      const result = parse(dataset.value);
+      if (result.ok) return result.value;
+      addIssue({ message: result.error.message });
+      return NEVER;
+    }),
+  );
+}
+
+export const ipv4Schema = parsed(parseIpv4);
+export const cidrSchema = parsed(parseCidr);
+export const serviceIdSchema = parsed(parseServiceId);
+export const portSchema = v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(65_535));
+const portOrNoneSchema = v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65_535));
+export const instanceNumberSchema = v.pipe(
+  v.number(),
+  v.integer(),
+  v.minValue(1),
+  v.maxValue(INSTANCE_NUMBER_MAX),
+);
+const epochSchema = v.pipe(v.number(), v.integer(), v.minValue(0));
+const idSchema = v.pipe(v.string(), v.minLength(1), v.maxLength(63));
+const secondsSchema = v.pipe(v.number(), v.integer(), v.minValue(1));
+const versionEntry = { v: v.literal(1) };
+
+/** `needs` takes a service id or any name of the service. */
+function parseNeed(text: string): Result<ServiceId> {
+  if (text.split('.').length !== 7) return parseServiceId(text);
+  const name = parseName(text);
+  return name.ok ? ok(name.value.service) : name;
+}
+
+/** Service descriptor as the seed documents spell it; `POST /api/v1/services` and `edgeway apply` take the same. */
+export const descriptorSchema = v.object({
+  appname: v.string(),
+  appnamespace: v.string(),
+  servicename: v.string(),
+  servicenamespace: v.string(),
+  exposed: v.optional(v.boolean(), false),
+  needs: v.optional(v.array(parsed(parseNeed))),
+  ports: v.optional(v.array(portSchema), []),
+  statefull: v.optional(v.boolean(), false),
+});
+
+const configSchema = v.object({
+  ...versionEntry,
+  platform: cidrSchema,
+  services: cidrSchema,
+  nodePrefix: v.pipe(v.number(), v.integer()),
+  vni: v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(0xffffff)),
+  mtu: v.pipe(v.number(), v.integer(), v.minValue(limits.MTU_MIN), v.maxValue(limits.MTU_MAX)),
+  presenceTtlS: secondsSchema,
+  tenureTtlS: secondsSchema,
+  quarantineS: v.pipe(v.number(), v.integer(), v.minValue(0)),
+});
+
+const nodeSchema = v.object({
+  ...versionEntry,
+  node: idSchema,
+  cluster: idSchema,
+  nodeIp: ipv4Schema,
+  ewp: portSchema,
+  nsp: portOrNoneSchema,
+  subnet: cidrSchema,
+  epoch: epochSchema,
+});
+
+const serviceSchema = v.object({
+  ...versionEntry,
+  ...descriptorSchema.entries,
+  addresses: v.optional(
+    v.object({
+      roundrobin: v.optional(ipv4Schema),
+      closest: v.optional(ipv4Schema),
+      fastest: v.optional(ipv4Schema),
+    }),
+    {},
+  ),
+});
+
+const instanceSchema = v.object({
+  ...versionEntry,
+  service: serviceIdSchema,
+  instance: instanceNumberSchema,
+  node: idSchema,
+  cluster: idSchema,
+  nodeIp: ipv4Schema,
+  ewp: portSchema,
+  nsp: portOrNoneSchema,
+  namespaceIp: ipv4Schema,
+  instanceIp: ipv4Schema,
+  ports: v.optional(v.array(portSchema), []),
+  epoch: epochSchema,
+});
+
+const addressSchema = v.variant('kind', [
+  v.object({
+    ...versionEntry,
+    kind: v.literal('service'),
+    service: serviceIdSchema,
+    policy: v.picklist(POLICIES),
+  }),
+  v.object({
+    ...versionEntry,
+    kind: v.literal('instance'),
+    service: serviceIdSchema,
+    instance: instanceNumberSchema,
+    node: idSchema,
+  }),
+]);
+
+const subnetSchema = v.object({ ...versionEntry, node: idSchema, cluster: idSchema });
+
+/** One line for a person: the field's path, what it should be, what it is. */
+export function describeIssues(issues: readonly v.BaseIssue<unknown>[]): string {
+  return issues
+    .map((issue) => {
+      const path = v.getDotPath(issue);
+      return path === null ? issue.message : `${path}: ${issue.message}`;
+    })
+    .join('; ');
+}
+
+function decode<Schema extends v.GenericSchema>(schema: Schema, text: string): Result<v.InferOutput<Schema>> {
+  let json: unknown;
+  try {
+    json = JSON.parse(text);
+  } catch (cause) {
+    return fail('invalid_record', `is not JSON: ${(cause as Error).message}`);
+  }
+  if (typeof json === 'object' && json !== null && 'v' in json && json.v !== 1)
+    return fail('invalid_record', `has version ${JSON.stringify(json.v)}, this agent reads version 1`);
+  const result = v.safeParse(schema, json);
+  return result.success ? ok(result.output) : fail('invalid_record', describeIssues(result.issues));
+}
+
+const print = (value: object): string => JSON.stringify({ v: 1, ...value });
+
+export const DEFAULT_NETWORK_CONFIG: NetworkConfig = {
+  plan: DEFAULT_PLAN,
+  vni: limits.VNI_DEFAULT,
+  mtu: limits.MTU_DEFAULT,
+  presenceTtlS: limits.PRESENCE_TTL_S,
+  tenureTtlS: limits.TENURE_TTL_S,
+  quarantineS: limits.QUARANTINE_S,
+};
+
+export function encodeConfig(config: NetworkConfig): string {
+  const { plan, ...rest } = config;
+  return print({
+    platform: formatCidr(plan.platform),
+    services: formatCidr(plan.services),
+    nodePrefix: plan.nodeBits,
+    ...rest,
+  });
+}
+export function decodeConfig(text: string): Result<NetworkConfig> {
+  const record = decode(configSchema, text);
+  if (!record.ok) return record;
+  const { platform, services, nodePrefix, v: _, ...rest } = record.value;
+  const plan = checkPlan({ platform, services, nodeBits: nodePrefix });
+  if (!plan.ok) return fail('invalid_record', plan.error.message);
+  return ok({ plan: plan.value, ...rest });
+}
+
+export function encodeNode(node: Node): string {
+  return print({ ...node, nodeIp: formatIpv4(node.nodeIp), subnet: formatCidr(node.subnet) });
+}
+export function decodeNode(text: string): Result<Node> {
+  return strip(decode(nodeSchema, text));
+}
+
+export function encodeService(service: Service): string {
+  const addresses = Object.fromEntries(
+    Object.entries(service.addresses).map(([policy, address]) => [policy, formatIpv4(address)]),
+  );
+  return print({ ...service.descriptor, addresses });
+}
+/** The key says which service it is; a value that names another one is refused. */
+export function decodeService(text: string, key: ServiceId): Result<Service> {
+  const record = decode(serviceSchema, text);
+  if (!record.ok) return record;
+  const { v: _, addresses, ...fields } = record.value;
+  const named = descriptorId(fields);
+  if (!named.ok) return fail('invalid_record', named.error.message);
+  if (named.value !== key)
+    return fail('invalid_record', `describes service ${named.value} under the key of ${key}`);
+  return ok({ id: key, descriptor: compact(fields), addresses: compact(addresses) });
+}
+
+export function descriptorId(
+  d: Pick<Descriptor, 'appname' | 'appnamespace' | 'servicename' | 'servicenamespace'>,
+): Result<ServiceId> {
+  return serviceIdOf({
+    app: d.appname,
+    appNs: d.appnamespace,
+    service: d.servicename,
+    serviceNs: d.servicenamespace,
+  });
+}
+
+/** Parses an API or CLI descriptor; never trusts `addresses` in it. */
+export function parseDescriptor(
+  json: unknown,
+): Result<{ readonly id: ServiceId; readonly descriptor: Descriptor }> {
+  const result = v.safeParse(descriptorSchema, json);
+  if (!result.success) return fail('invalid_request', describeIssues(result.issues));
+  const id = descriptorId(result.output);
+  if (!id.ok) return id;
+  return ok({ id: id.value, descriptor: compact(result.output) });
+}
+
+export function encodeInstance(instance: Instance): string {
+  return print({
+    ...instance,
+    nodeIp: formatIpv4(instance.nodeIp),
+    namespaceIp: formatIpv4(instance.namespaceIp),
+    instanceIp: formatIpv4(instance.instanceIp),
+  });
+}
+export function decodeInstance(
+  text: string,
+  key: { service: ServiceId; instance: number },
+): Result<Instance> {
+  const record = strip(decode(instanceSchema, text));
+  if (!record.ok) return record;
+  const { service, instance } = record.value;
+  if (service !== key.service || instance !== key.instance)
+    return fail(
+      'invalid_record',
+      `describes ${service} instance ${instance} under the key of ${key.service} instance ${key.instance}`,
+    );
+  return record;
+}
+
+export function encodeAddress(owner: AddressOwner): string {
+  return print(owner);
+}
+export function decodeAddress(text: string): Result<AddressOwner> {
+  return strip(decode(addressSchema, text));
+}
+
+export function encodeSubnet(owner: SubnetOwner): string {
+  return print(owner);
+}
+export function decodeSubnet(text: string): Result<SubnetOwner> {
+  return strip(decode(subnetSchema, text));
+}
+
+/** Omit that keeps a union's members apart. */
+type WithoutVersion<T> = T extends unknown ? Omit<T, 'v'> : never;
+
+function strip<T extends { v: 1 }>(result: Result<T>): Result<WithoutVersion<T>> {
+  if (!result.ok) return result;
+  const { v: _, ...rest } = result.value;
+  return ok(rest as WithoutVersion<T>);
+}
+
+/** Drops keys whose value is undefined, so that "absent" has one spelling. */
+function compact<T extends object>(value: T): { [K in keyof T]: Exclude<T[K], undefined> } {
+  return Object.fromEntries(Object.entries(value).filter(([, x]) => x !== undefined)) as never;
+}
+
+/** The error of a record, with its key in front. */
+export function recordError(key: string, error: EdgewayError): EdgewayError {
+  return new EdgewayError('invalid_record', `${key}: ${error.message}`);
+}
