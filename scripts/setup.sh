@@ -1,0 +1,62 @@
+# Sourced by scripts/run, scripts/demo and scripts/test: makes a fresh machine ready. Sets NODE and DENO to runtimes
+# that are new enough. Says what it does; does nothing twice.
+set -eu
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+
+say() { printf '%s\n' "$*" >&2; }
+
+# need_packages PROGRAM:PACKAGE ... installs the Debian packages whose program is missing.
+need_packages() {
+  local missing=()
+  local pair
+  for pair in "$@"; do
+    command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair#*:}")
+  done
+  [ ${#missing[@]} -eq 0 ] && return 0
+  if [ "$(id -u)" -ne 0 ]; then
+    say "missing: ${missing[*]}. Install them (apt-get install ${missing[*]}), or run this as root."
+    exit 1
+  fi
+  say "installing Debian packages: ${missing[*]}"
+  if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/tmp/edgeway-apt.$$ 2>&1; then
+    cat /tmp/edgeway-apt.$$ >&2
+    rm -f /tmp/edgeway-apt.$$
+    exit 1
+  fi
+  rm -f /tmp/edgeway-apt.$$
+}
+
+need_root() {
+  [ "$(id -u)" -eq 0 ] || { say "this needs root: it makes network namespaces and TUN devices"; exit 1; }
+}
+
+# npm packages exactly as locked; install scripts never run.
+need_modules() {
+  if [ ! -f node_modules/.package-lock.json ] || [ package-lock.json -nt node_modules/.package-lock.json ]; then
+    command -v npm >/dev/null 2>&1 || need_packages npm:npm
+    say "installing npm packages"
+    npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >&2
+    touch node_modules/.package-lock.json
+  fi
+}
+
+# Node >= 22.18: type stripping without a flag. The host's own where it is new enough, else the npm package.
+find_runtimes() {
+  NODE=""
+  local candidate
+  for candidate in "$(command -v node || true)" "$root/node_modules/.bin/node"; do
+    [ -n "$candidate" ] && [ -x "$candidate" ] || continue
+    if "$candidate" -e 'const [a,b]=process.versions.node.split(".").map(Number);process.exit(a>22||(a===22&&b>=18)?0:1)' 2>/dev/null; then
+      NODE="$candidate"
+      break
+    fi
+  done
+  [ -n "$NODE" ] || { say "no Node >= 22.18 found, and the npm package node-linux-* is not installed"; exit 1; }
+  DENO="$(ls node_modules/@deno/*/deno 2>/dev/null | head -n 1 || true)"
+  [ -n "$DENO" ] && DENO="$root/$DENO"
+  export NODE DENO
+}
+
+need_modules
+find_runtimes
