@@ -9,6 +9,12 @@ export interface Clock {
   wallMs(): number;
 }
 
+/** One-shot timers; a callback never runs before `after` has returned. */
+export interface Timers {
+  /** Runs the callback once, `ms` from now; the answer cancels it. */
+  after(ms: number, callback: () => void): () => void;
+}
+
 export interface CommandResult {
   readonly status: number;
   readonly stdout: string;
@@ -59,3 +65,9 @@ export type StartPacketLoop = (
   config: ProxyConfig,
   report: (report: ProxyReport) => void,
 ) => Promise<PacketLoop>;
+
+/** A listening HTTP server. */
+export interface HttpServer {
+  /** Stops listening and ends open connections. */
+  stop(): Promise<void>;
+}

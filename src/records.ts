@@ -223,10 +223,13 @@ export function descriptorId(
   });
 }
 
+export interface ParsedDescriptor {
+  readonly id: ServiceId;
+  readonly descriptor: Descriptor;
+}
+
 /** Parses an API or CLI descriptor; never trusts `addresses` in it. */
-export function parseDescriptor(
-  json: unknown,
-): Result<{ readonly id: ServiceId; readonly descriptor: Descriptor }> {
+export function parseDescriptor(json: unknown): Result<ParsedDescriptor> {
   const result = v.safeParse(descriptorSchema, json);
   if (!result.success) return fail('invalid_request', describeIssues(result.issues));
   const id = descriptorId(result.output);

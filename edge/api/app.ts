@@ -1,0 +1,262 @@
+// The REST API as a function from request to response: no server, no host, no keyspace. What a request means is
+// decided by the NodeControl behind it; here are routes, shapes and statuses.
+//   /register /docker/deploy /docker/undeploy   the seed documents' contract, exactly
+//   /api/v1/…                                   ours, described by /api/v1/openapi.json
+import { Hono } from 'hono';
+import { bodyLimit } from 'hono/body-limit';
+import { describeRoute, openAPIRouteHandler, resolver, validator } from 'hono-openapi';
+import * as v from 'valibot';
+import { EdgewayError, toEdgewayError, unwrap } from '../../src/error.ts';
+import { BODY_BYTES_MAX } from '../../src/limits.ts';
+import type { Logger } from '../../src/log.ts';
+import { parseInstanceNumber, parseServiceId, type ServiceId } from '../../src/name.ts';
+import type { ParsedDescriptor } from '../../src/records.ts';
+import { describeIssues, descriptorSchema, parseDescriptor } from '../../src/records.ts';
+import {
+  attachSchema,
+  type DeployRequest,
+  dockerDeployAnswer,
+  dockerDeploySchema,
+  dockerUndeploySchema,
+  emptyAnswer,
+  errorAnswer,
+  fromAttach,
+  fromDockerDeploy,
+  instanceAnswer,
+  nodeAnswer,
+  problemAnswer,
+  registerAnswer,
+  registerSchema,
+  resolveAnswer,
+  serviceAnswer,
+  statusAnswer,
+} from './schema.ts';
+import { STATUS } from './status.ts';
+
+type Answer<Schema extends v.GenericSchema> = v.InferOutput<Schema>;
+export type InstanceView = Answer<typeof instanceAnswer>;
+export type ServiceView = Answer<typeof serviceAnswer>;
+export type NodeView = Answer<typeof nodeAnswer>;
+export type Problem = Answer<typeof problemAnswer>;
+export interface Listing<Item> {
+  readonly items: Item[];
+  /** Keys of the same kind that could not be read. */
+  readonly problems: Problem[];
+}
+
+/** What the API asks of the node. Every method rejects with an EdgewayError. */
+export interface NodeControl {
+  /** `subnetwork` as the caller wrote it; undefined = any free subnet. */
+  register(subnetwork: string | undefined): Promise<Answer<typeof registerAnswer>>;
+  deploy(request: DeployRequest): Promise<InstanceView>;
+  /** Succeeds when there is nothing to remove. */
+  undeploy(service: ServiceId, instance: number | undefined): Promise<void>;
+  apply(parsed: ParsedDescriptor): Promise<ServiceView>;
+  deleteService(service: ServiceId): Promise<void>;
+  nodes(): Listing<NodeView>;
+  services(): Listing<ServiceView>;
+  instances(): Listing<InstanceView>;
+  resolve(name: string): Answer<typeof resolveAnswer>;
+  status(): Answer<typeof statusAnswer>;
+  counters(): Readonly<Record<string, number>>;
+}
+
+const json = (schema: v.GenericSchema, description: string) => ({
+  description,
+  content: { 'application/json': { schema: resolver(schema) } },
+});
+const failure = json(errorAnswer, 'refused: a stable code, and a message that names the thing and the rule');
+const listing = (item: v.GenericSchema) =>
+  v.object({ items: v.array(item), problems: v.array(problemAnswer) });
+
+/** A body validator whose refusal is our own error. */
+function body<Schema extends v.GenericSchema>(schema: Schema) {
+  return validator('json', schema, (result) => {
+    if (!result.success)
+      throw new EdgewayError(
+        'invalid_request',
+        `body: ${describeIssues(result.error as readonly v.BaseIssue<unknown>[])}`,
+      );
+  });
+}
+
+function errorBody(error: EdgewayError): Answer<typeof errorAnswer> {
+  return { code: error.code, message: error.message };
+}
+
+export function createApp(node: NodeControl, log: Logger, version: string): Hono {
+  const app = new Hono();
+
+  app.use(
+    bodyLimit({
+      maxSize: BODY_BYTES_MAX,
+      onError: (c) =>
+        c.json(
+          errorBody(new EdgewayError('invalid_request', `body: more than ${BODY_BYTES_MAX} bytes`)),
+          413,
+        ),
+    }),
+  );
+  app.notFound((c) =>
+    c.json(errorBody(new EdgewayError('not_found', `no such endpoint: ${c.req.method} ${c.req.path}`)), 404),
+  );
+  app.onError((thrown, c) => {
+    // Hono reports a body that is not JSON as its own HTTPException with status 400.
+    const error =
+      'status' in thrown && thrown.status === 400
+        ? new EdgewayError('invalid_request', 'body: is not JSON, or Content-Type is not application/json')
+        : toEdgewayError(thrown);
+    const status = STATUS[error.code];
+    const line = { code: error.code, name: `${c.req.method} ${c.req.path}`, error: error.message };
+    if (status >= 500) log.warn(line, 'request failed');
+    else log.debug(line, 'request refused');
+    return c.json(errorBody(error), status);
+  });
+
+  app.post(
+    '/register',
+    describeRoute({
+      summary: 'Claim a node subnet and start serving. Repeating it with the same subnet succeeds.',
+      responses: { 200: json(registerAnswer, 'the subnet of this node'), default: failure },
+    }),
+    body(registerSchema),
+    async (c) => c.json(await node.register(c.req.valid('json').subnetwork)),
+  );
+  app.post(
+    '/docker/deploy',
+    describeRoute({
+      summary: 'Attach a running container as an instance of a service.',
+      responses: {
+        200: json(dockerDeployAnswer, 'the service and the namespace IP of the instance'),
+        default: failure,
+      },
+    }),
+    body(dockerDeploySchema),
+    async (c) => {
+      const instance = await node.deploy(unwrap(fromDockerDeploy(c.req.valid('json'))));
+      return c.json({ serviceName: instance.service, nsAddress: instance.namespaceIp });
+    },
+  );
+  app.post(
+    '/docker/undeploy',
+    describeRoute({
+      summary: 'Detach the instances of a service from this node. Succeeds when they are gone already.',
+      responses: { 200: json(emptyAnswer, 'nothing is left of them'), default: failure },
+    }),
+    body(dockerUndeploySchema),
+    async (c) => {
+      const { serviceName, instanceNumber } = c.req.valid('json');
+      await node.undeploy(serviceName, instanceNumber);
+      return c.json({});
+    },
+  );
+
+  const api = new Hono();
+  api.get(
+    '/status',
+    describeRoute({ summary: 'This node.', responses: { 200: json(statusAnswer, 'its state') } }),
+    (c) => c.json(node.status()),
+  );
+  api.get(
+    '/nodes',
+    describeRoute({
+      summary: 'Nodes that are present.',
+      responses: { 200: json(listing(nodeAnswer), 'all of them') },
+    }),
+    (c) => c.json(node.nodes()),
+  );
+  api.get(
+    '/services',
+    describeRoute({
+      summary: 'Services and their addresses.',
+      responses: { 200: json(listing(serviceAnswer), 'all of them') },
+    }),
+    (c) => c.json(node.services()),
+  );
+  api.post(
+    '/services',
+    describeRoute({
+      summary: 'Apply a service descriptor. Repeating it keeps the addresses.',
+      responses: { 200: json(serviceAnswer, 'the service with its ServiceIPs'), default: failure },
+    }),
+    body(descriptorSchema),
+    async (c) => c.json(await node.apply(unwrap(parseDescriptor(await c.req.json())))),
+  );
+  api.delete(
+    '/services/:service',
+    describeRoute({
+      summary: 'Delete a service and free its addresses.',
+      responses: { 200: json(emptyAnswer, 'gone'), default: failure },
+    }),
+    async (c) => {
+      await node.deleteService(unwrap(parseServiceId(c.req.param('service'))));
+      return c.json({});
+    },
+  );
+  api.get(
+    '/instances',
+    describeRoute({
+      summary: 'Instances that are present.',
+      responses: { 200: json(listing(instanceAnswer), 'all of them') },
+    }),
+    (c) => c.json(node.instances()),
+  );
+  api.post(
+    '/instances',
+    describeRoute({
+      summary: 'Attach a network namespace, a process or a container as an instance.',
+      responses: { 200: json(instanceAnswer, 'the instance'), default: failure },
+    }),
+    body(attachSchema),
+    async (c) => c.json(await node.deploy(fromAttach(c.req.valid('json')))),
+  );
+  api.delete(
+    '/instances/:service/:instance',
+    describeRoute({
+      summary: 'Detach one instance from this node. Succeeds when it is gone already.',
+      responses: { 200: json(emptyAnswer, 'gone'), default: failure },
+    }),
+    async (c) => {
+      const text = c.req.param('instance');
+      const instance = parseInstanceNumber(text);
+      if (instance === undefined)
+        throw new EdgewayError('invalid_request', `instance "${text}" must be 1, 2, 3, …`);
+      await node.undeploy(unwrap(parseServiceId(c.req.param('service'))), instance);
+      return c.json({});
+    },
+  );
+  api.get(
+    '/resolve',
+    describeRoute({
+      summary: 'What a name means on this node now.',
+      parameters: [{ name: 'name', in: 'query', required: true, schema: { type: 'string' } }],
+      responses: { 200: json(resolveAnswer, 'the address, and the instances behind it'), default: failure },
+    }),
+    (c) => {
+      const name = c.req.query('name');
+      if (name === undefined || name === '')
+        throw new EdgewayError('invalid_request', 'query: "name" is missing');
+      return c.json(node.resolve(name));
+    },
+  );
+  api.get(
+    '/counters',
+    describeRoute({
+      summary: 'Packets and lookups by verdict since the agent started.',
+      responses: { 200: json(v.record(v.string(), v.number()), 'counter → value') },
+    }),
+    (c) => c.json(node.counters()),
+  );
+  app.route('/api/v1', api);
+
+  app.get('/healthz', (c) => c.json({ status: 'ok' }));
+  app.get(
+    '/api/v1/openapi.json',
+    openAPIRouteHandler(app, {
+      documentation: {
+        info: { title: 'Edgeway agent', version, description: 'REST API of one node, on loopback.' },
+      },
+    }),
+  );
+  return app;
+}

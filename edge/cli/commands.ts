@@ -1,0 +1,247 @@
+// The operator's commands: each asks the agent on this host. They hold no state and decide nothing.
+import { readFile } from 'node:fs/promises';
+import process from 'node:process';
+import { text as readStream } from 'node:stream/consumers';
+import { type ArgsDef, defineCommand } from 'citty';
+import { EdgewayError } from '../../src/error.ts';
+import { API_PORT_DEFAULT } from '../../src/limits.ts';
+import type { InstanceView, Listing, NodeView, Problem, ServiceView } from '../api/app.ts';
+import { environmentName } from '../config.ts';
+import { ApiClient } from './client.ts';
+import { guarded, print, printJson, type Row, table } from './print.ts';
+
+const common = {
+  api: {
+    type: 'string',
+    description: 'the agent: HOST:PORT or unix:/path',
+    default: process.env[environmentName('api')] ?? `127.0.0.1:${API_PORT_DEFAULT}`,
+  },
+  output: { type: 'string', alias: 'o', description: 'table or json', default: 'table' },
+} as const satisfies ArgsDef;
+
+function wantsJson(output: string): boolean {
+  if (output !== 'json' && output !== 'table')
+    throw new EdgewayError('invalid_request', `--output "${output}": must be table or json`);
+  return output === 'json';
+}
+
+const instanceRow = (i: InstanceView): Row => [
+  i.service,
+  String(i.instance),
+  i.instanceIp,
+  i.namespaceIp,
+  i.node,
+  `${i.nodeIp}:${i.ewp}`,
+];
+const INSTANCE_HEADER: Row = ['SERVICE', 'INSTANCE', 'INSTANCE-IP', 'NAMESPACE-IP', 'NODE', 'TUNNEL'];
+
+/** One `get` command: its listing, its table, and below it what could not be read. */
+function get<Item>(kind: string, header: Row, key: (item: Item) => string, row: (item: Item) => Row) {
+  return defineCommand({
+    meta: { name: kind, description: `list ${kind}` },
+    args: { ...common, name: { type: 'positional', description: 'only this one', required: false } },
+    run: ({ args }) =>
+      guarded(async () => {
+        const asJson = wantsJson(args.output);
+        const { items, problems } = await new ApiClient(args.api).call<Listing<Item>>(
+          'GET',
+          `/api/v1/${kind}`,
+        );
+        const wanted = args.name === undefined ? items : items.filter((item) => key(item) === args.name);
+        const broken = problems.filter(
+          (problem) => args.name === undefined || problem.key.includes(args.name),
+        );
+        if (args.name !== undefined && wanted.length + broken.length === 0)
+          throw new EdgewayError('not_found', `no ${kind} "${args.name}"`);
+        if (asJson) printJson({ items: wanted, problems: broken });
+        else {
+          print(table(header, wanted.map(row)));
+          printProblems(broken);
+        }
+      }),
+  });
+}
+
+function printProblems(problems: readonly Problem[]): void {
+  if (problems.length === 0) return;
+  print(
+    `\nnot readable, and ignored:\n${problems.map(({ key, reason }) => `  ${key}\n    ${reason}`).join('\n')}`,
+  );
+}
+
+export const getCommand = defineCommand({
+  meta: { name: 'get', description: 'list nodes, services or instances' },
+  subCommands: {
+    nodes: get<NodeView>(
+      'nodes',
+      ['NODE', 'CLUSTER', 'TUNNEL', 'SUBNET', 'EPOCH'],
+      (n) => n.node,
+      (n) => [n.node, n.cluster, `${n.nodeIp}:${n.ewp}`, n.subnet, String(n.epoch)],
+    ),
+    services: get<ServiceView>(
+      'services',
+      ['SERVICE', 'INSTANCES', 'ROUNDROBIN', 'CLOSEST', 'FASTEST', 'NEEDS'],
+      (s) => s.service,
+      (s) => [
+        s.service,
+        String(s.instances),
+        s.addresses['roundrobin'] ?? '-',
+        s.addresses['closest'] ?? '-',
+        s.addresses['fastest'] ?? '-',
+        s.needs === undefined ? 'any' : s.needs.join(',') || 'none',
+      ],
+    ),
+    instances: get<InstanceView>('instances', INSTANCE_HEADER, (i) => i.service, instanceRow),
+  },
+});
+
+async function readInput(file: string): Promise<unknown> {
+  const text =
+    file === '-' ? await readStream(process.stdin) : await readFile(file, 'utf8').catch(cannotRead(file));
+  try {
+    return JSON.parse(text);
+  } catch (cause) {
+    throw new EdgewayError('invalid_request', `${file}: is not JSON: ${(cause as Error).message}`, { cause });
+  }
+}
+
+const cannotRead =
+  (file: string) =>
+  (cause: Error): never => {
+    throw new EdgewayError('not_found', `${file}: ${cause.message}`, { cause });
+  };
+
+export const applyCommand = defineCommand({
+  meta: { name: 'apply', description: 'create or change services from descriptors' },
+  args: {
+    ...common,
+    file: {
+      type: 'string',
+      alias: 'f',
+      required: true,
+      description: 'JSON file with one descriptor or an array; - for standard input',
+    },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      const asJson = wantsJson(args.output);
+      const input = await readInput(args.file);
+      const client = new ApiClient(args.api);
+      const applied: ServiceView[] = [];
+      for (const descriptor of Array.isArray(input) ? input : [input])
+        applied.push(await client.call<ServiceView>('POST', '/api/v1/services', descriptor));
+      if (asJson) printJson(applied);
+      else for (const service of applied) print(`service ${service.service} applied`);
+    }),
+});
+
+export const deleteCommand = defineCommand({
+  meta: { name: 'delete', description: 'delete a service and free its addresses' },
+  args: {
+    ...common,
+    service: { type: 'positional', description: 'appname.appns.servicename.servicens', required: true },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      await new ApiClient(args.api).call('DELETE', `/api/v1/services/${encodeURIComponent(args.service)}`);
+      if (wantsJson(args.output)) printJson({ deleted: args.service });
+      else print(`service ${args.service} deleted`);
+    }),
+});
+
+export const registerCommand = defineCommand({
+  meta: { name: 'register', description: 'claim a subnet for this node' },
+  args: {
+    ...common,
+    subnet: { type: 'positional', description: 'this one; default: any free one', required: false },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      const body = args.subnet === undefined ? {} : { subnetwork: args.subnet };
+      const answer = await new ApiClient(args.api).call<{ subnetwork: string }>('POST', '/register', body);
+      if (wantsJson(args.output)) printJson(answer);
+      else print(`registered with ${answer.subnetwork}`);
+    }),
+});
+
+export const attachCommand = defineCommand({
+  meta: { name: 'attach', description: 'attach a namespace, a process or a container as an instance' },
+  args: {
+    ...common,
+    service: { type: 'positional', description: 'appname.appns.servicename.servicens', required: true },
+    instance: { type: 'positional', description: 'its number: 1, 2, 3, …', required: true },
+    netns: { type: 'string', description: 'network namespace, by its `ip netns` name' },
+    pid: { type: 'string', description: 'process whose network namespace it is' },
+    container: { type: 'string', description: 'container, by name or id' },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      const instance = await new ApiClient(args.api).call<InstanceView>('POST', '/api/v1/instances', {
+        service: args.service,
+        instance: Number(args.instance),
+        ...(args.netns === undefined ? {} : { netns: args.netns }),
+        ...(args.pid === undefined ? {} : { pid: Number(args.pid) }),
+        ...(args.container === undefined ? {} : { container: args.container }),
+      });
+      if (wantsJson(args.output)) printJson(instance);
+      else print(table(INSTANCE_HEADER, [instanceRow(instance)]));
+    }),
+});
+
+export const detachCommand = defineCommand({
+  meta: { name: 'detach', description: 'detach an instance of this node' },
+  args: {
+    ...common,
+    service: { type: 'positional', description: 'appname.appns.servicename.servicens', required: true },
+    instance: { type: 'positional', description: 'its number', required: true },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      const path = `/api/v1/instances/${encodeURIComponent(args.service)}/${encodeURIComponent(args.instance)}`;
+      await new ApiClient(args.api).call('DELETE', path);
+      if (wantsJson(args.output)) printJson({ detached: args.service, instance: Number(args.instance) });
+      else print(`instance ${args.instance} of ${args.service} detached`);
+    }),
+});
+
+export const resolveCommand = defineCommand({
+  meta: { name: 'resolve', description: 'what a name means on this node now' },
+  args: {
+    ...common,
+    name: {
+      type: 'positional',
+      description: 'appname.appns.servicename.servicens.instance.policy.local',
+      required: true,
+    },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      const answer = await new ApiClient(args.api).call<{
+        name: string;
+        address: string;
+        instances: InstanceView[];
+      }>('GET', `/api/v1/resolve?name=${encodeURIComponent(args.name)}`);
+      if (wantsJson(args.output)) printJson(answer);
+      else {
+        print(`${answer.name}  ${answer.address}\n`);
+        print(table(INSTANCE_HEADER, answer.instances.map(instanceRow)));
+      }
+    }),
+});
+
+export const statusCommand = defineCommand({
+  meta: { name: 'status', description: 'this node' },
+  args: common,
+  run: ({ args }) =>
+    guarded(async () => {
+      const status = await new ApiClient(args.api).call<Record<string, unknown>>('GET', '/api/v1/status');
+      if (wantsJson(args.output)) printJson(status);
+      else
+        print(
+          table(
+            ['FIELD', 'VALUE'],
+            Object.entries(status).map(([field, value]) => [field, String(value ?? '-')]),
+          ),
+        );
+    }),
+});

@@ -1,0 +1,512 @@
+// The laboratory: N hosts out of network namespaces, an etcd, one agent in each; shared by the demo and the tests.
+//
+//   <lab>-net            switch and etcd: bridge "under" 10.77.0.254/24, etcd :2379
+//      │ veth per host, MTU 1500
+//   <lab>-n1  eth0 10.77.0.1/24   agent   ── edgeway0 ── instance namespaces <lab>-<label>
+//   <lab>-n2  eth0 10.77.0.2/24   agent   ── …
+//
+// Nothing is made outside namespaces and one directory of its own. Every name and process id is written to the
+// lab's ledger before it is used, so that `down` (also of another process, also after kill -9) removes exactly these.
+import { type ChildProcess, spawn } from 'node:child_process';
+import { closeSync, existsSync, mkdirSync, openSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { request } from 'node:http';
+import { join } from 'node:path';
+import process from 'node:process';
+
+const root = join(import.meta.dirname, '..');
+const LEDGERS = '/run/edgeway-lab';
+const UNDERLAY = '10.77.0';
+const ETCD_HOST = 254;
+export const NODES_MAX = 200;
+
+export type Runtime = 'node' | 'deno';
+
+export interface Output {
+  readonly status: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+interface LedgerProcess {
+  readonly pid: number;
+  /** Start time in clock ticks since boot (/proc/PID/stat field 22): a reused pid has another. */
+  readonly started: string;
+  readonly what: string;
+}
+
+interface Ledger {
+  readonly lab: string;
+  readonly dir: string;
+  readonly namespaces: string[];
+  readonly processes: LedgerProcess[];
+  /** Files and directories outside `dir`. */
+  readonly files: string[];
+}
+
+export interface LabOptions {
+  /** Short unique name, at most 10 of [a-z0-9]; the default carries this process's id. */
+  readonly lab?: string;
+  readonly nodes: number;
+  readonly runtime?: Runtime;
+  /** Flags for every agent. */
+  readonly agentFlags?: readonly string[];
+  /** Told what is being done. */
+  readonly progress?: (line: string) => void;
+}
+
+export interface LabNode {
+  readonly index: number;
+  readonly name: string;
+  readonly netns: string;
+  readonly ip: string;
+  readonly apiSocket: string;
+  readonly log: string;
+  agent: ChildProcess | undefined;
+}
+
+export interface Answer {
+  readonly status: number;
+  // biome-ignore lint/suspicious/noExplicitAny: a test reads whatever the API answered
+  readonly body: any;
+}
+
+function startTime(pid: number): string | undefined {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
+    // The command name may hold spaces and brackets; fields begin after the last bracket with field 3.
+    return stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19];
+  } catch {
+    return undefined;
+  }
+}
+
+/** Runs a program to its end; never rejects for a non-zero status. */
+export function run(
+  argv: readonly string[],
+  options: { stdin?: string; timeoutMs?: number } = {},
+): Promise<Output> {
+  return new Promise((resolve, reject) => {
+    const [command, ...args] = argv;
+    const child = spawn(command!, args, { stdio: ['pipe', 'pipe', 'pipe'] });
+    let stdout = '';
+    let stderr = '';
+    child.stdout.on('data', (chunk: Buffer) => {
+      stdout += chunk.toString();
+    });
+    child.stderr.on('data', (chunk: Buffer) => {
+      stderr += chunk.toString();
+    });
+    child.stdin.on('error', () => {}); // a program that does not read its input closes it
+    child.stdin.end(options.stdin ?? '');
+    const limit = setTimeout(() => child.kill('SIGKILL'), options.timeoutMs ?? 30_000);
+    child.on('error', (cause) => {
+      clearTimeout(limit);
+      reject(new Error(`${argv.join(' ')}: ${cause.message}`));
+    });
+    child.on('close', (status) => {
+      clearTimeout(limit);
+      resolve({ status: status ?? 137, stdout, stderr });
+    });
+  });
+}
+
+/** Runs a program that must succeed. */
+export async function must(argv: readonly string[], stdin?: string): Promise<string> {
+  const output = await run(argv, stdin === undefined ? {} : { stdin });
+  if (output.status !== 0)
+    throw new Error(`${argv.join(' ')}: status ${output.status}\n${output.stdout}${output.stderr}`);
+  return output.stdout;
+}
+
+/** Polls until `probe` gives a value; rejects with `what` and the last failure after the bound. */
+export async function until<T>(
+  what: string,
+  timeoutMs: number,
+  probe: () => Promise<T | undefined> | T | undefined,
+): Promise<T> {
+  const deadline = performance.now() + timeoutMs;
+  let last: unknown;
+  for (;;) {
+    try {
+      const value = await probe();
+      if (value !== undefined && value !== false) return value;
+    } catch (thrown) {
+      last = thrown;
+    }
+    if (performance.now() > deadline)
+      throw new Error(
+        `${what}: not within ${timeoutMs} ms${last === undefined ? '' : ` (${(last as Error).message})`}`,
+      );
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
+/** One HTTP request to a unix socket. */
+export function callApi(socketPath: string, method: string, path: string, body?: unknown): Promise<Answer> {
+  return new Promise((resolve, reject) => {
+    const text = body === undefined ? undefined : typeof body === 'string' ? body : JSON.stringify(body);
+    const call = request(
+      {
+        socketPath,
+        method,
+        path,
+        headers: {
+          host: 'localhost',
+          ...(text === undefined
+            ? {}
+            : { 'content-type': 'application/json', 'content-length': String(Buffer.byteLength(text)) }),
+        },
+      },
+      (response) => {
+        let answer = '';
+        response.on('data', (chunk: Buffer) => {
+          answer += chunk.toString();
+        });
+        response.on('end', () => {
+          let parsed: unknown = answer;
+          try {
+            parsed = JSON.parse(answer);
+          } catch {
+            // not every answer is JSON; the text is kept
+          }
+          resolve({ status: response.statusCode ?? 0, body: parsed });
+        });
+      },
+    );
+    call.setTimeout(30_000, () => call.destroy(new Error(`${method} ${path}: no answer in 30 s`)));
+    call.on('error', reject);
+    call.end(text);
+  });
+}
+
+export class Lab {
+  readonly lab: string;
+  readonly dir: string;
+  readonly runtime: Runtime;
+  readonly nodes: LabNode[] = [];
+  readonly etcd = `${UNDERLAY}.${ETCD_HOST}:2379`;
+  readonly switch: string;
+  readonly #ledger: Ledger;
+  readonly #agentFlags: readonly string[];
+  readonly #progress: (line: string) => void;
+
+  private constructor(options: LabOptions) {
+    this.lab = options.lab ?? `ewl${process.pid}`;
+    if (!/^[a-z0-9]{1,10}$/.test(this.lab)) throw new Error(`lab name "${this.lab}": 1…10 of a-z 0-9`);
+    this.dir = join('/tmp', `edgeway-lab-${this.lab}`);
+    this.runtime = options.runtime ?? 'node';
+    this.switch = `${this.lab}-net`;
+    this.#agentFlags = options.agentFlags ?? [];
+    this.#progress = options.progress ?? (() => {});
+    this.#ledger = { lab: this.lab, dir: this.dir, namespaces: [], processes: [], files: [] };
+  }
+
+  /** Builds hosts and etcd; agents are started by startAgent. On failure nothing is left. */
+  static async up(options: LabOptions): Promise<Lab> {
+    const lab = new Lab(options);
+    try {
+      await lab.#build(options.nodes);
+      return lab;
+    } catch (thrown) {
+      await lab.down();
+      throw thrown;
+    }
+  }
+
+  /** Labs whose ledger is on this machine. */
+  static ledgerOf(lab: string): string {
+    return join(LEDGERS, `${lab}.json`);
+  }
+
+  /** Removes a lab that another process made, from its ledger. */
+  static async sweep(lab: string): Promise<boolean> {
+    const path = Lab.ledgerOf(lab);
+    if (!existsSync(path)) return false;
+    await removeAll(JSON.parse(readFileSync(path, 'utf8')) as Ledger);
+    return true;
+  }
+
+  async #build(count: number): Promise<void> {
+    if (!(count >= 1 && count <= NODES_MAX)) throw new Error(`nodes: ${count} must be 1…${NODES_MAX}`);
+    if (existsSync(Lab.ledgerOf(this.lab))) await Lab.sweep(this.lab);
+    mkdirSync(this.dir, { recursive: true, mode: 0o755 });
+    this.#progress(`network: a switch and ${count} hosts`);
+    await this.#addNetns(this.switch);
+    await must(
+      ['ip', '-n', this.switch, '-batch', '-'],
+      [
+        'link add under type bridge',
+        `addr add ${UNDERLAY}.${ETCD_HOST}/24 dev under`,
+        'link set under up',
+      ].join('\n'),
+    );
+    for (let index = 1; index <= count; index++) await this.#addHost(index);
+    this.#progress('etcd');
+    await this.startEtcd();
+  }
+
+  async #addHost(index: number): Promise<void> {
+    const netns = `${this.lab}-n${index}`;
+    const ip = `${UNDERLAY}.${index}`;
+    // Each host has a resolv.conf of its own, so that nothing of ours ever writes the machine's.
+    this.#addFile(`/etc/netns/${netns}`);
+    mkdirSync(`/etc/netns/${netns}`, { recursive: true });
+    writeFileSync(`/etc/netns/${netns}/resolv.conf`, `nameserver ${UNDERLAY}.${ETCD_HOST}\n`);
+    await this.#addNetns(netns);
+    await must([
+      'ip',
+      'link',
+      'add',
+      'eth0',
+      'netns',
+      netns,
+      'type',
+      'veth',
+      'peer',
+      'name',
+      `p${index}`,
+      'netns',
+      this.switch,
+    ]);
+    await must(
+      ['ip', '-n', this.switch, '-batch', '-'],
+      [`link set p${index} master under`, `link set p${index} up`].join('\n'),
+    );
+    await must(
+      ['ip', '-n', netns, '-batch', '-'],
+      [
+        `addr add ${ip}/24 dev eth0`,
+        'link set eth0 up',
+        `route add default via ${UNDERLAY}.${ETCD_HOST}`,
+      ].join('\n'),
+    );
+    this.nodes.push({
+      index,
+      name: `n${index}`,
+      netns,
+      ip,
+      apiSocket: join(this.dir, `n${index}.sock`),
+      log: join(this.dir, `n${index}.log`),
+      agent: undefined,
+    });
+  }
+
+  async #addNetns(netns: string): Promise<void> {
+    this.#ledger.namespaces.push(netns);
+    this.#save();
+    await must(['ip', 'netns', 'add', netns]);
+    await must(['ip', '-n', netns, 'link', 'set', 'lo', 'up']);
+  }
+
+  #addFile(path: string): void {
+    this.#ledger.files.push(path);
+    this.#save();
+  }
+
+  #save(): void {
+    mkdirSync(LEDGERS, { recursive: true });
+    writeFileSync(Lab.ledgerOf(this.lab), JSON.stringify(this.#ledger, undefined, 1));
+  }
+
+  /** Starts a program in a namespace; its output goes to a file. It is ended by `down`. */
+  spawn(
+    netns: string,
+    argv: readonly string[],
+    logFile: string,
+    env: Record<string, string> = {},
+  ): ChildProcess {
+    const out = openSync(logFile, 'a');
+    // `ip netns exec` execs the program, so the child's pid is the program's. A group of its own keeps a terminal's
+    // Ctrl-C away from it: the lab ends its processes itself, in order.
+    const child = spawn('ip', ['netns', 'exec', netns, ...argv], {
+      stdio: ['ignore', out, out],
+      detached: true,
+      cwd: root,
+      env: { ...process.env, ...env },
+    });
+    closeSync(out);
+    if (child.pid === undefined) throw new Error(`${argv.join(' ')}: could not be started`);
+    this.adopt(child.pid, argv.join(' '));
+    return child;
+  }
+
+  /** Records a process that `down` must end. */
+  adopt(pid: number, what: string): void {
+    const started = startTime(pid);
+    if (started === undefined) return;
+    this.#ledger.processes.push({ pid, started, what });
+    this.#save();
+  }
+
+  async startEtcd(): Promise<void> {
+    const url = `http://${this.etcd}`;
+    this.spawn(
+      this.switch,
+      // biome-ignore format: one flag and its value a line
+      [
+        'etcd', '--name', 'lab',
+        '--data-dir', join(this.dir, 'etcd'),
+        '--listen-client-urls', `${url},http://127.0.0.1:2379`,
+        '--advertise-client-urls', url,
+        '--listen-peer-urls', 'http://127.0.0.1:2380',
+        '--initial-advertise-peer-urls', 'http://127.0.0.1:2380',
+        '--initial-cluster', 'lab=http://127.0.0.1:2380',
+        '--log-level', 'error',
+      ],
+      join(this.dir, 'etcd.log'),
+    );
+    await until('etcd answers', 15_000, async () => {
+      const { status } = await run(['ip', 'netns', 'exec', this.switch, 'etcdctl', 'endpoint', 'health'], {
+        timeoutMs: 3_000,
+      });
+      return status === 0 ? true : undefined;
+    });
+  }
+
+  /** `etcdctl` against the lab's etcd. */
+  async etcdctl(...args: string[]): Promise<string> {
+    return await must(['ip', 'netns', 'exec', this.switch, 'env', 'ETCDCTL_API=3', 'etcdctl', ...args]);
+  }
+
+  node(index: number): LabNode {
+    const node = this.nodes[index - 1];
+    if (node === undefined) throw new Error(`the lab has no node ${index}`);
+    return node;
+  }
+
+  /** How the agent or the command line is started under the lab's runtime. */
+  command(...args: string[]): string[] {
+    const runtime = this.runtime;
+    if (runtime === 'deno') {
+      const deno =
+        process.env['DENO'] ?? (process.versions['deno'] === undefined ? undefined : process.execPath);
+      if (deno === undefined) throw new Error('the environment variable DENO must name the deno binary');
+      return [deno, 'run', '-A', '--quiet', 'edge/main.ts', ...args];
+    }
+    const node =
+      process.env['NODE'] ?? (process.versions['deno'] === undefined ? process.execPath : undefined);
+    if (node === undefined) throw new Error('the environment variable NODE must name the node binary');
+    return [node, '--disable-warning=ExperimentalWarning', 'edge/main.ts', ...args];
+  }
+
+  /** Starts the agent of a host and waits until its API answers. */
+  async startAgent(index: number, flags: readonly string[] = []): Promise<LabNode> {
+    const node = this.node(index);
+    node.agent = this.spawn(
+      node.netns,
+      this.command(
+        'agent',
+        ...['--node', node.name, '--node-ip', node.ip, '--etcd', this.etcd],
+        ...['--api', `unix:${node.apiSocket}`, '--data-dir', join(this.dir, node.name)],
+        ...this.#agentFlags,
+        ...flags,
+      ),
+      node.log,
+    );
+    const agent = node.agent;
+    await until(`agent of ${node.name} answers`, 30_000, async () => {
+      if (agent.exitCode !== null || agent.signalCode !== null)
+        throw new Error(`it ended with ${agent.exitCode ?? agent.signalCode}:\n${this.tail(node)}`);
+      return (await callApi(node.apiSocket, 'GET', '/healthz')).status === 200 ? true : undefined;
+    });
+    return node;
+  }
+
+  /** Last lines of an agent's log. */
+  tail(node: LabNode, lines = 30): string {
+    return existsSync(node.log)
+      ? readFileSync(node.log, 'utf8').trimEnd().split('\n').slice(-lines).join('\n')
+      : '';
+  }
+
+  api(index: number, method: string, path: string, body?: unknown): Promise<Answer> {
+    return callApi(this.node(index).apiSocket, method, path, body);
+  }
+
+  /** Starts agents on all hosts and registers them. */
+  async startAll(): Promise<void> {
+    for (const node of this.nodes) {
+      this.#progress(`agent ${node.name} (${this.runtime})`);
+      await this.startAgent(node.index);
+      const answer = await this.api(node.index, 'POST', '/register', {});
+      if (answer.status !== 200)
+        throw new Error(`register ${node.name}: ${JSON.stringify(answer.body)}\n${this.tail(node)}`);
+    }
+  }
+
+  /** A namespace for an instance; not yet attached to anything. */
+  async addInstance(label: string): Promise<string> {
+    const netns = `${this.lab}-${label}`;
+    // The agent writes a resolv.conf for it, and removes it again when it detaches.
+    this.#addFile(`/etc/netns/${netns}`);
+    await this.#addNetns(netns);
+    return netns;
+  }
+
+  /** Runs a program in a namespace to its end. */
+  exec(
+    netns: string,
+    argv: readonly string[],
+    options: { stdin?: string; timeoutMs?: number } = {},
+  ): Promise<Output> {
+    return run(['ip', 'netns', 'exec', netns, ...argv], options);
+  }
+
+  /** Ends a process started by `spawn` and waits until it has ended. */
+  async end(child: ChildProcess, signal: NodeJS.Signals = 'SIGTERM', timeoutMs = 15_000): Promise<void> {
+    if (child.exitCode !== null || child.signalCode !== null) return;
+    const closed = new Promise<void>((resolve) => child.once('exit', () => resolve()));
+    child.kill(signal);
+    const limit = setTimeout(() => child.kill('SIGKILL'), timeoutMs);
+    await closed;
+    clearTimeout(limit);
+  }
+
+  /** The host loses its power: its link is cut first, then its agent dies without a word. */
+  async killHost(index: number): Promise<void> {
+    const node = this.node(index);
+    await must(['ip', '-n', this.switch, 'link', 'set', `p${index}`, 'down']);
+    if (node.agent !== undefined) await this.end(node.agent, 'SIGKILL');
+    node.agent = undefined;
+  }
+
+  /** Removes everything, agents first so that they can leave in order. */
+  async down(): Promise<void> {
+    await Promise.all(
+      this.nodes.map((node) => (node.agent === undefined ? undefined : this.end(node.agent))),
+    );
+    await removeAll(this.#ledger);
+  }
+}
+
+/** Ends and removes what the ledger names, and nothing else; succeeds when things are gone already. */
+async function removeAll(ledger: Ledger): Promise<void> {
+  const alive = (entry: LedgerProcess): boolean => startTime(entry.pid) === entry.started;
+  const signal = (name: NodeJS.Signals): void => {
+    for (const entry of ledger.processes.toReversed())
+      if (alive(entry))
+        try {
+          process.kill(entry.pid, name);
+        } catch {
+          // it ended in between
+        }
+  };
+  /** A zombie has ended: only its parent, possibly ourselves, has yet to collect it. */
+  const running = (entry: LedgerProcess): boolean =>
+    alive(entry) && !/^State:\s+Z/m.test(readFileSync(`/proc/${entry.pid}/status`, 'utf8'));
+  const gone = (): true | undefined => {
+    try {
+      return ledger.processes.some(running) ? undefined : true;
+    } catch {
+      return undefined; // one ended while it was read: look again
+    }
+  };
+  signal('SIGTERM');
+  await until('processes end', 8_000, gone).catch(() => signal('SIGKILL'));
+  await until('processes end', 5_000, gone);
+  for (const netns of ledger.namespaces.toReversed())
+    if (existsSync(`/run/netns/${netns}`)) await must(['ip', 'netns', 'delete', netns]);
+  for (const file of ledger.files) rmSync(file, { recursive: true, force: true });
+  rmSync(ledger.dir, { recursive: true, force: true });
+  rmSync(Lab.ledgerOf(ledger.lab), { force: true });
+}
