@@ -14,7 +14,15 @@ export interface InstanceRoute {
   readonly ewp: number;
   /** True when it lives on this node. */
   readonly local: boolean;
+  /** False: passed over for new flows while another instance is healthy. Absent: healthy. */
+  readonly healthy?: boolean;
+  /** Cost of choosing it by `closest` and by `fastest`, milliseconds, lower is better. Absent: not known. */
+  readonly closestMs?: number;
+  readonly fastestMs?: number;
 }
+
+/** What changes about an instance without its route changing. */
+export type InstanceRank = Pick<InstanceRoute, 'instance' | 'healthy' | 'closestMs' | 'fastestMs'>;
 
 export type ProxyCommand =
   /** Replaces all that is known of a service. */
@@ -25,6 +33,10 @@ export type ProxyCommand =
       readonly instances: readonly InstanceRoute[];
     }
   | { readonly kind: 'serviceGone'; readonly service: ServiceId }
+  /** Health and cost of instances that an earlier `service` named; flows that exist are not touched. */
+  | { readonly kind: 'ranks'; readonly service: ServiceId; readonly ranks: readonly InstanceRank[] }
+  /** Sends one probe frame through the tunnel's own socket; `probed` follows if the node's loop answers. */
+  | { readonly kind: 'probe'; readonly token: number; readonly nodeIp: Ipv4; readonly ewp: number }
   /** An instance on this node may send: its namespace IP, the InstanceIP that stands for it on the wire, and the
    *  services it may talk to (undefined: any). */
   | {
@@ -60,6 +72,13 @@ export interface ProxyConfig {
   readonly subnetBase: Ipv4;
   readonly subnetBits: number;
   readonly flowsMax: number;
+  /** Shared by all nodes of the network; proves control frames, and so a peer's address behind NAT. Absent: frames
+   *  are only as trustworthy as the underlay. */
+  readonly secret?: Uint8Array;
+  /** After a packet the loop asks again for this long before it sleeps (0: sleeps at once). Default: limits.ts. */
+  readonly spinUs?: number;
+  /** File that outlives a killed agent and brings its flows back; absent: flows live in memory only. */
+  readonly flowsFile?: string;
   /** Seed of the roundrobin start and of the source-port choice; randomness stays outside. */
   readonly seed: number;
 }
