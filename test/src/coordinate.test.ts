@@ -49,8 +49,7 @@ const TRUTHS: readonly [string, (seed: number) => Truth, number, number, number]
   ['random', (seed) => random(25, 100, 10, seed), 0.075, 0.33, 0.075],
 ];
 const SEEDS = Array.from({ length: 21 }, (_, i) => i + 1);
-const middle = (values: readonly number[]): number =>
-  [...values].sort((a, b) => a - b)[values.length >> 1]!;
+const middle = (values: readonly number[]): number => [...values].sort((a, b) => a - b)[values.length >> 1]!;
 
 for (const [name, truthOf, average, worst, everyAverage] of TRUTHS)
   test(`OwnCoordinate on the ${name} truth: relative error at most ${average} average, ${worst} worst`, () => {

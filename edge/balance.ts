@@ -1,0 +1,210 @@
+// From what is known of nodes to what the packet path chooses by: per followed service one set of weights, worked out
+// anew when a node's status changes and twice a second, handed out only when choices would differ. Also the words of
+// `edgeway explain`. Sans-I/O; it measures nothing (probe.ts) and picks nothing (Turns in src/choose.ts).
+import type { Ipv4 } from '../src/addr.ts';
+import { alike, type Candidate, costMs, type Health, shares, Weigher, type Weights } from '../src/choose.ts';
+import type { ServiceId } from '../src/name.ts';
+import type { Policy } from '../src/policy.ts';
+import type { Deadline } from '../src/time.ts';
+import type { Prober } from './probe.ts';
+
+/** How often weights follow RTT and load. */
+export const REWEIGH_MS = 500;
+/** Shares of flows that differ by less are the same: no command for noise. */
+const TOLERANCE = 0.02;
+
+/** An instance of a followed service. */
+export interface Member {
+  readonly instance: number;
+  readonly node: string;
+  readonly local: boolean;
+  readonly namespaceIp: Ipv4;
+}
+
+export type BalanceOutput = {
+  readonly kind: 'weights';
+  readonly service: ServiceId;
+  readonly weights: Weights;
+};
+
+/** One candidate as `explain` shows it. */
+export interface Explained {
+  readonly instance: number;
+  readonly node: string;
+  readonly local: boolean;
+  readonly health: Health;
+  /** One line: why its health is what it is. */
+  readonly reason: string;
+  readonly rttMs?: number;
+  readonly confirmed: boolean;
+  readonly load?: number;
+  readonly costMs?: number;
+  /** Share of new flows that it gets now, 0…1. */
+  readonly share: number;
+}
+
+export interface Explanation {
+  readonly policy: Policy;
+  readonly why: string;
+  readonly candidates: readonly Explained[];
+}
+
+interface Entry {
+  members: readonly Member[];
+  readonly knownSince: Map<number, number>;
+  readonly weigher: Weigher;
+  sent: Weights | undefined;
+  last: Weights | undefined;
+}
+
+/** What the balancer needs to know of this node itself. */
+export interface Own {
+  /** Load of this node, as in Candidate; undefined until measured. */
+  load(): number | undefined;
+  /** False when a local instance is dead or fails its health check. */
+  isUp(namespaceIp: Ipv4): boolean;
+}
+
+export class Balancer {
+  readonly #prober: Prober;
+  readonly #own: Own;
+  readonly #services = new Map<ServiceId, Entry>();
+  readonly #outputs: BalanceOutput[] = [];
+  #nextAt = Number.NEGATIVE_INFINITY;
+
+  constructor(prober: Prober, own: Own) {
+    this.#prober = prober;
+    this.#own = own;
+  }
+
+  /** All instances of a service; its weights are due at once. */
+  setService(service: ServiceId, members: readonly Member[], nowMs: number): void {
+    let entry = this.#services.get(service);
+    if (entry === undefined) {
+      entry = { members, knownSince: new Map(), weigher: new Weigher(), sent: undefined, last: undefined };
+      this.#services.set(service, entry);
+    }
+    const before = new Map(entry.members.map((m) => [m.instance, m]));
+    for (const instance of entry.knownSince.keys())
+      if (!members.some((m) => m.instance === instance)) entry.knownSince.delete(instance);
+    for (const m of members) {
+      const old = before.get(m.instance);
+      const moved = old === undefined || old.node !== m.node || old.namespaceIp !== m.namespaceIp;
+      if (moved || !entry.knownSince.has(m.instance)) entry.knownSince.set(m.instance, nowMs);
+    }
+    entry.members = members;
+    this.#reweigh(service, entry, nowMs);
+  }
+
+  deleteService(service: ServiceId): void {
+    this.#services.delete(service);
+  }
+
+  /** Per service the nodes that host it, this one left out: what the prober follows. */
+  followed(): Map<ServiceId, readonly string[]> {
+    const result = new Map<ServiceId, readonly string[]>();
+    for (const [service, { members }] of this.#services)
+      result.set(service, [...new Set(members.filter((m) => !m.local).map((m) => m.node))]);
+    return result;
+  }
+
+  /** Something changed that cannot wait: a node's status, an instance's health. */
+  reweigh(nowMs: number): void {
+    for (const [service, entry] of this.#services) this.#reweigh(service, entry, nowMs);
+  }
+
+  handleTimeout(nowMs: number): void {
+    if (nowMs < this.#nextAt) return;
+    this.#nextAt = nowMs + REWEIGH_MS;
+    this.reweigh(nowMs);
+  }
+
+  poll(): BalanceOutput | undefined {
+    return this.#outputs.shift();
+  }
+
+  deadline(): Deadline {
+    return { at: this.#nextAt, why: 'reweigh' };
+  }
+
+  /** Undefined when the service is not followed here. */
+  explain(service: ServiceId, policy: Policy, nowMs: number): Explanation | undefined {
+    const entry = this.#services.get(service);
+    if (entry?.last === undefined) return undefined;
+    const share = shares(entry.last.weights[policy]);
+    const candidates = entry.members.map((member, i) => {
+      const { candidate, reason } = this.#candidate(entry, member, nowMs);
+      const { health, confirmed, rttMs, load } = candidate;
+      const cost = costMs(candidate);
+      return {
+        instance: member.instance,
+        node: member.node,
+        local: member.local,
+        health,
+        reason,
+        confirmed,
+        ...(rttMs === undefined ? {} : { rttMs }),
+        ...(load === undefined ? {} : { load }),
+        ...(Number.isFinite(cost) ? { costMs: cost } : {}),
+        share: share[i] ?? 0,
+      };
+    });
+    return { policy, why: entry.last.why[policy], candidates };
+  }
+
+  #reweigh(service: ServiceId, entry: Entry, nowMs: number): void {
+    const candidates = entry.members.map((member) => this.#candidate(entry, member, nowMs).candidate);
+    const weights = entry.weigher.weigh(candidates, nowMs);
+    entry.last = weights;
+    if (entry.sent !== undefined && alike(entry.sent, weights, TOLERANCE)) return;
+    entry.sent = weights;
+    this.#outputs.push({ kind: 'weights', service, weights });
+  }
+
+  #candidate(entry: Entry, member: Member, nowMs: number): { candidate: Candidate; reason: string } {
+    const { instance, node, local, namespaceIp } = member;
+    if (local) {
+      const up = this.#own.isUp(namespaceIp);
+      const load = this.#own.load();
+      return {
+        candidate: {
+          instance,
+          local,
+          health: up ? 'up' : 'down',
+          rttMs: 0,
+          confirmed: true,
+          ...(load === undefined ? {} : { load }),
+        },
+        reason: up ? 'on this node' : 'on this node, dead or unhealthy',
+      };
+    }
+    const view = this.#prober.view(node, nowMs);
+    if (view === undefined)
+      return {
+        candidate: { instance, local, health: 'up', confirmed: false },
+        reason: 'its node is not known yet',
+      };
+    const down = this.#prober.isDown(
+      node,
+      namespaceIp,
+      entry.knownSince.get(instance) ?? Number.NEGATIVE_INFINITY,
+    );
+    const lost = view.status === 'suspect' || view.status === 'dead';
+    const health: Health = down ? 'down' : lost ? 'suspect' : 'up';
+    const ago =
+      view.answeredAgoMs === undefined
+        ? 'never answered'
+        : `answered ${Math.round(view.answeredAgoMs)} ms ago`;
+    return {
+      candidate: {
+        instance,
+        local,
+        health,
+        confirmed: view.confirmed,
+        ...(view.rttMs === undefined ? {} : { rttMs: view.rttMs }),
+        ...(view.load === undefined ? {} : { load: view.load }),
+      },
+      reason: down ? 'its node says that it is dead or unhealthy' : `node ${view.status}, ${ago}`,
+    };
+  }
+}
