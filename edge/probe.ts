@@ -179,7 +179,7 @@ export class Prober {
   #armed: number | undefined;
   #replan = true;
 
-  /** `nonce` gives unpredictable integers below 2^52: what makes an answer authentic. */
+  /** `nonce` gives unpredictable unsigned 32-bit integers: who never saw a probe cannot answer it. */
   constructor(options: { rng: Rng; nonce: () => number; coordinate?: Coordinate; nowMs: number }) {
     this.#rng = options.rng;
     this.#nonce = options.nonce;

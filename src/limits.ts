@@ -30,6 +30,11 @@ export const FLOWS_MAX = 65_536;
 export const UDP_ONEWAY_IDLE_MS = 30_000;
 export const UDP_IDLE_MS = 180_000;
 
+/** Status in a probe's answer: version and flags 4, subnet 4, load 4, live bits 8, coordinate 11 × 4 (src/wire/probe.ts). */
+export const PROBE_STATUS_BYTES = 64;
+/** Choices of one report of the packet loop. */
+export const CHOICES_PER_REPORT_MAX = 64;
+
 /** TTL of our answers, seconds (RFC 6762 §10: 120 s for records tied to an address). */
 export const DNS_TTL_S = 120;
 /** A classic DNS message without EDNS0 (RFC 1035 §4.2.1). */

@@ -14,15 +14,25 @@ export interface InstanceRoute {
   readonly ewp: number;
   /** True when it lives on this node. */
   readonly local: boolean;
-  /** False: passed over for new flows while another instance is healthy. Absent: healthy. */
-  readonly healthy?: boolean;
-  /** Cost of choosing it by `closest` and by `fastest`, milliseconds, lower is better. Absent: not known. */
-  readonly closestMs?: number;
-  readonly fastestMs?: number;
 }
 
-/** What changes about an instance without its route changing. */
-export type InstanceRank = Pick<InstanceRoute, 'instance' | 'healthy' | 'closestMs' | 'fastestMs'>;
+/** One turn-taking weight per instance and policy, 0 = not for new flows; `weights[policy][i]` belongs to
+ *  `instances[i]`. The loop picks with Turns (src/choose.ts), one Turns per service and policy. An instance without a
+ *  weight counts 1, so that a service is reachable before anything is known of it. */
+export interface InstanceWeights {
+  readonly instances: readonly number[];
+  readonly weights: Readonly<Record<Policy, readonly number[]>>;
+}
+
+/** A choice that the loop made for a new flow. */
+export interface Choice {
+  readonly service: ServiceId;
+  /** `fixed`: an InstanceIP was dialled. */
+  readonly policy: Policy | 'fixed';
+  readonly instance: number;
+  /** Namespace IP of the client. */
+  readonly client: Ipv4;
+}
 
 export type ProxyCommand =
   /** Replaces all that is known of a service. */
@@ -33,10 +43,17 @@ export type ProxyCommand =
       readonly instances: readonly InstanceRoute[];
     }
   | { readonly kind: 'serviceGone'; readonly service: ServiceId }
-  /** Health and cost of instances that an earlier `service` named; flows that exist are not touched. */
-  | { readonly kind: 'ranks'; readonly service: ServiceId; readonly ranks: readonly InstanceRank[] }
-  /** Sends one probe frame through the tunnel's own socket; `probed` follows if the node's loop answers. */
+  /** Weights of instances that an earlier `service` named; flows that exist are not touched, a later `service` of the
+   *  same instance numbers keeps them. */
+  | ({ readonly kind: 'weights'; readonly service: ServiceId } & InstanceWeights)
+  /** Resets the TCP flows that this node has to instances on that one, and lets go of the others: it is dead. */
+  | { readonly kind: 'nodeDead'; readonly nodeIp: Ipv4; readonly ewp: number }
+  /** Sends one probe frame through the tunnel's own socket; `probed` follows if the node's loop answers. The token is an
+   *  unpredictable unsigned 32-bit integer; the frame carries it and the answer repeats it. */
   | { readonly kind: 'probe'; readonly token: number; readonly nodeIp: Ipv4; readonly ewp: number }
+  /** What the loop puts into its answers to probes until told otherwise (src/wire/probe.ts); the loop does not look
+   *  into it. It answers without the control plane. At most PROBE_STATUS_BYTES. */
+  | { readonly kind: 'probeStatus'; readonly status: Uint8Array }
   /** An instance on this node may send: its namespace IP, the InstanceIP that stands for it on the wire, and the
    *  services it may talk to (undefined: any). */
   | {
@@ -54,7 +71,18 @@ export type ProxyReport =
   /** The loop has ended; `error` when it did so by itself. */
   | { readonly kind: 'stopped'; readonly error?: string }
   /** A packet named an address that no route knows: the control plane may start to follow it. Rate-limited. */
-  | { readonly kind: 'miss'; readonly address: Ipv4 };
+  | { readonly kind: 'miss'; readonly address: Ipv4 }
+  /** The answer to a `probe` of ours: it carried the probe's token and, authentic, came from `nodeIp`. `rttNs` is taken in the
+   *  loop from send to receive; `status` is the answering node's probeStatus. */
+  | {
+      readonly kind: 'probed';
+      readonly token: number;
+      readonly nodeIp: Ipv4;
+      readonly rttNs: number;
+      readonly status: Uint8Array;
+    }
+  /** Choices since the last report, at most four reports a second; `more` counts those that did not fit. */
+  | { readonly kind: 'chosen'; readonly choices: readonly Choice[]; readonly more: number };
 
 export interface ProxyConfig {
   /** Name of the TUN device to create. */
