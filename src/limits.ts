@@ -40,6 +40,51 @@ export const DNS_TTL_S = 120;
 /** A classic DNS message without EDNS0 (RFC 1035 §4.2.1). */
 export const DNS_UDP_PLAIN_MAX = 512;
 
+/** InstanceIPs live as long as their instance: a short TTL, so that a gone one is forgotten soon. */
+export const DNS_INSTANCE_TTL_S = 10;
+/** "There is none" is not cached: the resolver answers from memory, and a new service must be seen at once (RFC 2308 §5). */
+export const DNS_NEGATIVE_TTL_S = 0;
+/** Largest UDP answer, whatever a client offers: fits one IPv6 minimum-MTU packet (DNS flag day 2020: 1,280 − 40 − 8). */
+export const DNS_UDP_EDNS_MAX = 1232;
+/** How long an unknown name waits for the keyspace to say whether it exists; stub resolvers give up after 5 s. */
+export const DNS_LOOKUP_WAIT_MS = 1_000;
+/** Encoded answers kept for repeated questions: 4,096 × about 300 bytes of key and answer = 1.2 MB. */
+export const DNS_FAST_ENTRIES_MAX = 4_096;
+/** A query whose bytes exceed this is never remembered: 12 + 255 + 4 + an OPT with a cookie is 322. */
+export const DNS_FAST_QUERY_MAX = 384;
+/** Upstream questions in flight; each holds a socket. Beyond it the asker gets SERVFAIL at once. */
+export const DNS_UPSTREAM_PENDING_MAX = 256;
+/** Time for each try, one server after the other; the sum stays below the 5 s of a stub resolver (resolv.conf(5)). */
+export const DNS_UPSTREAM_TRIES_MS = [700, 1_000, 1_300, 1_500] as const;
+/** A server that failed is asked last for so long. */
+export const DNS_UPSTREAM_REST_MS = 10_000;
+/** Upstream answers remembered: at most so many, and so many bytes. */
+export const DNS_CACHE_ENTRIES_MAX = 4_096;
+export const DNS_CACHE_BYTES_MAX = 4 * 1024 * 1024;
+/** Nobody's records are kept longer (RFC 8767 §4 allows a cap), and "there is none" less long. */
+export const DNS_CACHE_TTL_MAX_S = 3_600;
+export const DNS_CACHE_NEGATIVE_MAX_S = 60;
+/** TCP clients at once: 61 instances and the host, twice. */
+export const DNS_TCP_CLIENTS_MAX = 128;
+/** A TCP client that says nothing for so long is closed (RFC 7766 §6.2.3: "a few seconds"). */
+export const DNS_TCP_IDLE_MS = 10_000;
+/** Questions of one TCP client that may wait for an answer (RFC 7766 §6.2.1.1 pipelining). */
+export const DNS_TCP_PIPELINE_MAX = 64;
+
+/** Questions of one multicast message that are looked at; real ones carry one to a few. */
+export const MDNS_QUESTIONS_MAX = 32;
+/** Names whose last multicast is remembered, for rate limits and goodbyes: 1,000 services × 3 policies, four times. */
+export const MDNS_NAMES_MAX = 12_000;
+/** Answers held back at once (known answers still to come, or sent a moment ago). */
+export const MDNS_PENDING_MAX = 1_024;
+/** Room for records in one multicast message: an Ethernet frame without IP, UDP and DNS headers (RFC 6762 §17). */
+export const MDNS_RECORDS_BYTES_MAX = 1_400;
+/** Announcements leave at most so many messages at a time, and pause between. */
+export const MDNS_BURST_MAX = 20;
+export const MDNS_BURST_PAUSE_MS = 100;
+/** Unicast replies per second to all askers together: far above need, far below use as an amplifier. */
+export const MDNS_UNICAST_PER_S_MAX = 1_000;
+
 /** REST bodies: a descriptor with 1,000 `needs` of 253 octets is about 256 KiB. */
 export const BODY_BYTES_MAX = 256 * 1024;
 /** How long deploy waits for its own write to come back through the watch. */
@@ -48,3 +93,8 @@ export const READ_YOUR_WRITES_MS = 5_000;
 assert(PRESENCE_TTL_S * 4 < TENURE_TTL_S, 'presence ends long before tenure');
 assert(MTU_DEFAULT + TUNNEL_OVERHEAD === 1500, 'a full overlay packet fills one Ethernet frame');
 assert(UDP_ONEWAY_IDLE_MS < UDP_IDLE_MS, 'a flow seen one way expires first');
+assert(
+  DNS_UPSTREAM_TRIES_MS.reduce((sum, ms) => sum + ms, 0) < 5_000,
+  'all upstream tries end before a stub resolver gives up',
+);
+assert(DNS_LOOKUP_WAIT_MS < 5_000, 'an unknown name is decided before a stub resolver gives up');

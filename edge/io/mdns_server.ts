@@ -1,0 +1,311 @@
+// The sockets of the multicast face, on one interface: the bridge, or a LAN when the operator asks for it. mdns-server
+// makes and reads them and sends what goes to the group. Four things go around it, because it cannot do them: it joins
+// the group wherever the default route points, it sends unicast replies nowhere, it does not say whether a message
+// came to the group or to us, and it loses the sockets of a failed start. Refuses messages from outside the
+// interface's own subnet (RFC 6762 §11): Linux hands a socket every group packet that any socket of the host joined.
+import type { Buffer } from 'node:buffer';
+import { randomInt } from 'node:crypto';
+import type { RemoteInfo, Socket } from 'node:dgram';
+import { networkInterfaces } from 'node:os';
+import { type DecodedPacket, encode, type Packet } from 'dns-packet';
+import createMdns from 'mdns-server';
+import { type Cidr, contains, formatIpv4, type Ipv4, networkOf, parseIpv4 } from '../../src/addr.ts';
+import { EdgewayError, toEdgewayError } from '../../src/error.ts';
+import type { Logger } from '../../src/log.ts';
+import { LABEL_LENGTH_MAX, parseName, type ServiceId } from '../../src/name.ts';
+import type { Plan } from '../../src/plan.ts';
+import type { Clock } from '../ports.ts';
+import { MDNS_PORT, MdnsResponder, type MdnsSource } from '../resolver/mdns.ts';
+import type { NameTable } from '../routes/table.ts';
+import { bindError } from './dns_server.ts';
+
+const GROUP = '224.0.0.251';
+/** mdns-server opens two sockets in turn; it has no deadline of its own. */
+const START_LIMIT_MS = 3_000;
+
+export interface MdnsServerOptions {
+  /** Interface to serve, by name; it must carry `address`. */
+  readonly interface: string;
+  readonly address: Ipv4;
+  readonly table: NameTable;
+  /** As for the unicast server; a promise makes the question be looked at again when it is fulfilled. */
+  readonly onLookup?: (service: ServiceId) => void | Promise<void>;
+  /** As for the unicast server; what is outside gets silence. */
+  readonly needsOf?: (source: Ipv4) => readonly ServiceId[] | undefined;
+  readonly plan?: Plan;
+  readonly log: Logger;
+  readonly clock: Clock;
+}
+
+export interface MdnsServer {
+  /** To be called with every service whose routes changed, and with all known ones after the first snapshot. */
+  changed(services: Iterable<ServiceId>): void;
+  counters(): Record<string, number>;
+  /** Says goodbye to what was multicast and closes; resolves when closed. Repeating it is harmless. */
+  stop(): Promise<void>;
+}
+
+/** The parts of mdns-server 1.0.11 that are used. */
+interface MdnsEmitter {
+  on(event: 'ready' | 'destroyed', listener: () => void): void;
+  on(event: 'error' | 'warning', listener: (error: Error) => void): void;
+  on(event: 'query' | 'response', listener: (packet: DecodedPacket, from: RemoteInfo) => void): void;
+  initServer(): void;
+  destroy(done: () => void): void;
+}
+
+/** Rejects with address_taken or host_unsupported; nothing stays open then. */
+export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer> {
+  const { table, log, clock, onLookup, needsOf, plan } = options;
+  const subnet = subnetOf(options.interface, options.address);
+  const address = formatIpv4(options.address);
+  const counters = {
+    mdns_malformed: 0,
+    mdns_off_link: 0,
+    mdns_own: 0,
+    mdns_send_failed: 0,
+    mdns_unsendable: 0,
+  };
+  const responder = new MdnsResponder({
+    table,
+    seed: randomInt(1, 0xffffffff),
+    ...(plan === undefined ? {} : { plan }),
+  });
+  const sockets = await open(options.interface, address, log, counters);
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  let stopped = false;
+
+  /** Sends what the responder wants to say and sleeps until its next deadline. */
+  function drain(): void {
+    for (let out = responder.poll(); out !== undefined; out = responder.poll()) {
+      const bytes = encodeChecked(out.packet);
+      if (bytes === undefined) {
+        counters.mdns_unsendable++;
+        continue;
+      }
+      const [port, host] = out.kind === 'unicast' ? [out.to.port, out.to.address] : [MDNS_PORT, GROUP];
+      sockets.send.send(bytes, 0, bytes.length, port, host, (error) => {
+        if (error !== null && error !== undefined) counters.mdns_send_failed++;
+      });
+    }
+    clearTimeout(timer);
+    timer = undefined;
+    const next = responder.deadline();
+    if (next === undefined || stopped) return;
+    timer = setTimeout(
+      () => {
+        responder.handleTimeout(clock.monotonicMs());
+        drain();
+      },
+      Math.max(1, next - clock.monotonicMs()),
+    );
+  }
+
+  /** On-link by source address; undefined and counted otherwise. */
+  function sourceOf(from: RemoteInfo): Ipv4 | undefined {
+    const source = parseIpv4(from.address);
+    if (source.ok && (contains(subnet, source.value) || source.value === options.address))
+      return source.value;
+    counters.mdns_off_link++;
+    return undefined;
+  }
+
+  sockets.mdns.on('query', (packet, from) => {
+    const source = sourceOf(from);
+    if (source === undefined || stopped) return;
+    const needs = needsOf?.(source);
+    const direct = (from as { direct?: boolean }).direct === true;
+    const asker: MdnsSource = { address: from.address, port: from.port, direct };
+    responder.handleQuery(packet, asker, clock.monotonicMs(), needs);
+    drain();
+    if (onLookup === undefined) return;
+    for (const { name } of (packet.questions ?? []).slice(0, 4)) {
+      const parsed = parseName(name);
+      if (!parsed.ok) continue;
+      const { service } = parsed.value;
+      if (needs !== undefined && !needs.includes(service)) continue;
+      const unknown = table.service(service) === undefined;
+      const wait = onLookup(service);
+      if (wait === undefined || !unknown) continue;
+      wait.then(
+        () => {
+          if (stopped || table.service(service) === undefined) return;
+          const only = {
+            ...packet,
+            questions: packet.questions?.filter((question) => question.name === name),
+          };
+          responder.handleQuery(only as DecodedPacket, asker, clock.monotonicMs(), needs);
+          drain();
+        },
+        (error: Error) =>
+          log.debug({ service, error: error.message }, 'a name asked by multicast stays unknown'),
+      );
+    }
+  });
+  sockets.mdns.on('response', (packet, from) => {
+    if (from.address === address) {
+      // Our own, looped back for other programs of this host (§15).
+      counters.mdns_own++;
+      return;
+    }
+    if (sourceOf(from) === undefined || stopped) return;
+    responder.handleResponse(packet, clock.monotonicMs());
+    drain();
+  });
+  sockets.mdns.on('warning', () => {
+    counters.mdns_malformed++;
+  });
+  log.info({ interface: options.interface, address }, 'multicast DNS responder listens');
+
+  let ended: Promise<void> | undefined;
+  return {
+    changed(services) {
+      if (stopped) return;
+      responder.changed(services, clock.monotonicMs());
+      drain();
+    },
+    counters: () => ({ ...responder.counters, ...counters }),
+    stop() {
+      ended ??= (async () => {
+        stopped = true;
+        responder.goodbye();
+        drain();
+        // A goodbye must have left before its socket closes; the callback of a last empty send comes after it.
+        await new Promise<void>((resolve) => setImmediate(resolve));
+        await sockets.close();
+      })();
+      return ended;
+    },
+  };
+}
+
+/** The prefix of the interface that carries the address. */
+function subnetOf(name: string, address: Ipv4): Cidr {
+  const text = formatIpv4(address);
+  const own = networkInterfaces()[name]?.find((entry) => entry.family === 'IPv4' && entry.address === text);
+  const bits = Number(own?.cidr?.split('/')[1]);
+  if (own === undefined || !Number.isInteger(bits))
+    throw new EdgewayError(
+      'host_unsupported',
+      `cannot serve multicast DNS: interface ${name} does not carry ${text}`,
+    );
+  return { base: networkOf(address, bits), bits };
+}
+
+/** dns-packet writes an over-long label as a broken message without complaint. */
+function encodeChecked(packet: Packet): Buffer | undefined {
+  const names = [...(packet.questions ?? []), ...(packet.answers ?? []), ...(packet.additionals ?? [])];
+  for (const { name } of names)
+    if (name.length > 253 || name.split('.').some((label) => label.length > LABEL_LENGTH_MAX))
+      return undefined;
+  try {
+    return encode(packet);
+  } catch {
+    return undefined;
+  }
+}
+
+interface Sockets {
+  readonly mdns: MdnsEmitter;
+  readonly send: Socket;
+  close(): Promise<void>;
+}
+
+/** mdns-server on one interface, with the shims that make it serve exactly that one. */
+async function open(
+  name: string,
+  address: string,
+  log: Logger,
+  counters: { mdns_send_failed: number },
+): Promise<Sockets> {
+  const made = new Set<Socket>();
+  const failures: Error[] = [];
+  let send: Socket | undefined;
+  let receive: Socket | undefined;
+  const adopt = (socket: Socket): void => {
+    made.add(socket);
+    socket.once('close', () => made.delete(socket));
+    socket.on('error', (error) => failures.push(error));
+  };
+  // mdns-server writes its sockets into the interface object that it is given: that is where they are caught.
+  const face = {
+    name,
+    address,
+    family: 'IPv4',
+    get socketSend(): Socket | null {
+      return send ?? null;
+    },
+    set socketSend(socket: Socket | null) {
+      send = socket ?? undefined;
+      if (socket === null) return;
+      adopt(socket);
+      // Bound to our address: what arrives here was sent to us alone.
+      socket.prependListener('message', (_message, from) => {
+        (from as { direct?: boolean }).direct = true;
+      });
+    },
+    get socketRecv(): Socket | null {
+      return receive ?? null;
+    },
+    set socketRecv(socket: Socket | null) {
+      receive = socket ?? undefined;
+      if (socket === null) return;
+      adopt(socket);
+      const join = socket.addMembership.bind(socket);
+      // It would join on "the interface 224.0.0.251" or wherever the default route points.
+      socket.addMembership = (group) => join(group, address);
+    },
+  };
+  const mdns = createMdns({
+    interfaces: [face],
+    srcPort: MDNS_PORT,
+    reuseAddr: true,
+    noInit: true,
+  }) as unknown as MdnsEmitter;
+  const closeAll = async (): Promise<void> => {
+    await Promise.all(
+      [...made].map(
+        (socket) =>
+          new Promise<void>((resolve) => {
+            socket.once('close', () => resolve());
+            try {
+              socket.close();
+            } catch {
+              resolve(); // closed already
+            }
+          }),
+      ),
+    );
+  };
+  try {
+    await new Promise<void>((resolve, reject) => {
+      const timer = setTimeout(
+        () => reject(new EdgewayError('timeout', `multicast DNS on ${name}: the sockets did not open`)),
+        START_LIMIT_MS,
+      );
+      mdns.on('ready', () => {
+        clearTimeout(timer);
+        resolve();
+      });
+      mdns.on('error', (error) => {
+        clearTimeout(timer);
+        reject(
+          bindError(failures.at(-1) ?? error, 'UDP', `${address} (multicast DNS on ${name})`, MDNS_PORT),
+        );
+      });
+      mdns.initServer();
+    });
+    if (send === undefined || receive === undefined)
+      throw new EdgewayError('internal', 'mdns-server is ready without sockets');
+  } catch (error) {
+    await closeAll();
+    throw toEdgewayError(error);
+  }
+  const sender: Socket = send;
+  sender.setMulticastInterface(address);
+  mdns.on('error', (error) => {
+    counters.mdns_send_failed++;
+    log.debug({ interface: name, error: error.message }, 'multicast DNS socket error');
+  });
+  return { mdns, send: sender, close: closeAll };
+}

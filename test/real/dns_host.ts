@@ -1,0 +1,60 @@
+// The process under test: a table, the unicast server and the multicast server on the bridge of a namespace. It takes
+// one JSON command per line and answers each with one line; it ends with its standard input.
+import process from 'node:process';
+import { createInterface } from 'node:readline';
+import { startDnsServer } from '../../edge/io/dns_server.ts';
+import { startMdns } from '../../edge/io/mdns_server.ts';
+import { SILENT } from '../../src/log.ts';
+import type { ServiceId } from '../../src/name.ts';
+import { CART, id, ip, service, world } from '../edge/resolver/world.ts';
+
+interface Options {
+  readonly upstreams?: readonly string[];
+  readonly needs?: Readonly<Record<string, readonly string[]>>;
+  readonly mdns?: boolean;
+}
+const options = JSON.parse(process.argv[2] ?? '{}') as Options;
+const say = (message: object): void => {
+  process.stdout.write(`${JSON.stringify(message)}\n`);
+};
+const table = world();
+const asked = new Map<ServiceId, number>();
+const clock = { monotonicMs: () => performance.now(), wallMs: () => Date.now() };
+const common = {
+  address: ip('172.16.0.65'),
+  table,
+  clock,
+  log: SILENT,
+  onLookup: (name: ServiceId): void => {
+    asked.set(name, (asked.get(name) ?? 0) + 1);
+  },
+  needsOf: (source: number): readonly ServiceId[] | undefined => {
+    for (const [address, names] of Object.entries(options.needs ?? {}))
+      if (ip(address) === source) return names.map((name) => id(name));
+    return undefined;
+  },
+};
+
+try {
+  const dns = await startDnsServer({ ...common, upstreams: () => options.upstreams ?? [] });
+  const mdns = options.mdns === false ? undefined : await startMdns({ ...common, interface: 'br0' });
+  mdns?.changed([CART]);
+  say({ ready: true });
+  for await (const line of createInterface({ input: process.stdin })) {
+    const command = JSON.parse(line) as { put?: string; first?: string; delete?: string; synced?: boolean };
+    if (command.put !== undefined) {
+      table.putService(service(command.put, command.first ?? '172.30.9.1'));
+      mdns?.changed([id(command.put)]);
+    }
+    if (command.delete !== undefined) {
+      table.deleteService(id(command.delete));
+      mdns?.changed([id(command.delete)]);
+    }
+    if (command.synced !== undefined) table.synced = command.synced;
+    say({ counters: { ...dns.counters(), ...mdns?.counters() }, asked: Object.fromEntries(asked) });
+  }
+  await mdns?.stop();
+  await dns.stop();
+} catch (error) {
+  say({ error: (error as Error).message, code: (error as { code?: string }).code });
+}
