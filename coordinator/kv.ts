@@ -1,7 +1,11 @@
 // The key-value store as the rest of the code sees it: strings, revisions, leases, transactions, and one way to
-// follow a prefix. Two implementations exist: etcd (etcd/client.ts) and, for tests and simulation, memory.ts; one
+// follow a path. Two implementations exist: etcd (etcd/client.ts) and, for tests and simulation, memory.ts; one
 // conformance suite runs over both. Every call rejects with an EdgewayError: `coordination_unavailable` when the
-// store does not answer within its deadline, `lease_lost` when a lease is gone.
+// store does not answer within its deadline, `lease_lost` when a lease is gone, `permission_denied` when the store's
+// access rules refuse it. A transaction that ends in `coordination_unavailable` may or may not have been applied:
+// whoever writes must be able to recognise its own write.
+//
+// A path that ends in a slash means everything below it; any other path means exactly that key.
 
 /** A lease as the store names it. */
 export type LeaseId = string & { readonly __brand: 'LeaseId' };
@@ -38,7 +42,7 @@ export type KvChange =
   | { readonly kind: 'delete'; readonly key: string; readonly revision: number };
 
 /**
- * What a follower is told. A snapshot replaces everything that was known below the prefix, deletions included; it
+ * What a follower is told. A snapshot replaces everything that was known below the path, deletions included; it
  * comes first, and again after any gap (compaction, a member restored empty). `revision` never goes back while the
  * cluster is the same one.
  */
@@ -57,11 +61,24 @@ export interface FollowListener {
   live(live: boolean): void;
 }
 
+export interface KvAudit {
+  readonly count: number;
+  /** Highest modRevision among the entries; 0 when there are none. */
+  readonly newest: number;
+}
+
 export interface Kv {
   get(key: string): Promise<KvEntry | undefined>;
-  /** All entries whose key begins with the prefix, in key order, at one revision. */
-  range(prefix: string): Promise<{ readonly entries: readonly KvEntry[]; readonly revision: number }>;
-  /** Applies `operations` when all `compares` hold; all or nothing. At most 128 operations (etcd's own limit). */
+  /** All entries of the path, in key order, at one revision. */
+  range(path: string): Promise<{ readonly entries: readonly KvEntry[]; readonly revision: number }>;
+  /** The keys of the path without their values, in key order: a cheap look at what is taken. */
+  keys(path: string): Promise<readonly string[]>;
+  /** How the path looked at a revision, for comparing with what a follower holds. Undefined: compacted away. */
+  audit(path: string, revision: number): Promise<KvAudit | undefined>;
+  /**
+   * Applies `operations` when all `compares` hold; all or nothing. At most 128 of each, no key written twice
+   * (etcd's own limits).
+   */
   txn(compares: readonly Compare[], operations: readonly Operation[]): Promise<TxnResult>;
   /** A new lease of that many seconds. */
   grant(ttlS: number): Promise<LeaseId>;
@@ -70,6 +87,14 @@ export interface Kv {
   /** Ends a lease and deletes its keys; succeeds when it has ended already. */
   revoke(lease: LeaseId): Promise<void>;
   /** Lists, then watches, for ever; survives outages, compaction and restored members by itself. */
-  follow(prefix: string, listener: FollowListener): Follower;
+  follow(path: string, listener: FollowListener): Follower;
   close(): Promise<void>;
+}
+
+/** etcd's own limit of operations (and of compares) in one transaction. */
+export const TXN_OPERATIONS_MAX = 128;
+
+/** Exclusive upper end of a subtree's keys, or undefined when the path is a single key. `/` + 1 is `0`. */
+export function endOfPath(path: string): string | undefined {
+  return path.endsWith('/') ? `${path.slice(0, -1)}0` : undefined;
 }

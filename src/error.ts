@@ -21,6 +21,7 @@ export const ERROR_CODES = [
   'addresses_exhausted', // no free ServiceIP, InstanceIP or namespace IP
   'lease_lost', // presence or tenure ended while it was needed
   'coordination_unavailable', // etcd does not answer
+  'permission_denied', // etcd's access rules refuse this to these credentials
   'conflict', // somebody else changed the same key; retry
   'timeout', // a bounded wait ended
   'host_command_failed', // ip, nft or nsenter said no

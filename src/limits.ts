@@ -24,6 +24,26 @@ export const CLAIM_TRIES_MAX = 16;
 /** A freed address rests this long, so that no peer still holds a flow to its last owner (TCP idle flows: 2 h tuned down to ours). */
 export const QUARANTINE_S = 300;
 
+/** One request to etcd; a loopback put takes 1 ms, a hung member must not hold a deploy for longer than a person waits. */
+export const REQUEST_TIMEOUT_MS = 2_000;
+/** A watch that etcd has not confirmed within this time is made anew. */
+export const WATCH_CREATE_MS = 5_000;
+/** Pause before listing again after a cut, spread so that a fleet does not list as one. */
+export const RESYNC_PAUSE_MIN_MS = 100;
+export const RESYNC_PAUSE_MAX_MS = 300;
+/** Entries per page of a listing: 1,000 records of at most a few kB stay far below gRPC's message limit. */
+export const RANGE_PAGE = 1_000;
+/** Comparing what is held with what etcd holds, by count and newest revision. */
+export const AUDIT_INTERVAL_MS = 600_000;
+/** gRPC keep-alive on the connections to etcd. etcd punishes pings more often than every 5 s. */
+export const PING_INTERVAL_MS = 5_000;
+export const PING_TIMEOUT_MS = 2_000;
+/** Renewal at a third of the TTL, ±20 % so that a fleet started at once does not renew at once. */
+export const RENEW_FRACTION = 1 / 3;
+export const RENEW_JITTER = 0.2;
+/** Candidates of a claim that are tried blindly before the list of what is taken is read. */
+export const CLAIM_PROBES = 8;
+
 /** Flows that one agent tracks; 65,536 × about 200 bytes = 13 MB at the very most. */
 export const FLOWS_MAX = 65_536;
 /** Idle times of flows without a state of their own: first packet one-sided, then both ways (design §6, as in conntrack). */
@@ -90,6 +110,10 @@ export const BODY_BYTES_MAX = 256 * 1024;
 /** How long deploy waits for its own write to come back through the watch. */
 export const READ_YOUR_WRITES_MS = 5_000;
 
+assert(
+  PRESENCE_TTL_S * 1000 * RENEW_FRACTION * (1 + RENEW_JITTER) + REQUEST_TIMEOUT_MS < PRESENCE_TTL_S * 1000,
+  'a renewal that fails leaves time for another before the lease ends',
+);
 assert(PRESENCE_TTL_S * 4 < TENURE_TTL_S, 'presence ends long before tenure');
 assert(MTU_DEFAULT + TUNNEL_OVERHEAD === 1500, 'a full overlay packet fills one Ethernet frame');
 assert(UDP_ONEWAY_IDLE_MS < UDP_IDLE_MS, 'a flow seen one way expires first');
