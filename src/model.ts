@@ -67,18 +67,46 @@ export interface Instance {
   readonly epoch: number;
 }
 
-/** Who holds a service address. */
+/**
+ * Who holds a service address. `resting`: given back a moment ago and not to be given to anybody else until its
+ * (quarantine) lease ends; the last holder may take it up again.
+ */
 export type AddressOwner =
-  | { readonly kind: 'service'; readonly service: ServiceId; readonly policy: Policy }
+  | {
+      readonly kind: 'service';
+      readonly service: ServiceId;
+      readonly policy: Policy;
+      readonly resting?: boolean;
+    }
   | {
       readonly kind: 'instance';
       readonly service: ServiceId;
       readonly instance: number;
       readonly node: string;
+      readonly resting?: boolean;
     };
 
-/** Who holds a node subnet. */
+/** Who holds a node subnet; `resting` as with addresses. */
 export interface SubnetOwner {
   readonly node: string;
   readonly cluster: string;
+  readonly resting?: boolean;
+}
+
+/** Who acts in a role. The key's create revision is the role's fence. */
+export interface Leader {
+  /** Id of the process that holds the role: its node id, or what a standalone coordinator was given. */
+  readonly holder: string;
+}
+
+/** A block of node subnets that root has granted. */
+export interface BlockOwner {
+  readonly cluster: string;
+}
+
+/** A cluster as its role keeps it. The record is also the request for admission. */
+export interface Cluster {
+  readonly cluster: string;
+  /** Set by root: only an admitted cluster is granted blocks. */
+  readonly admitted: boolean;
 }

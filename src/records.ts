@@ -4,11 +4,15 @@
 import * as v from 'valibot';
 import { formatCidr, formatIpv4, parseCidr, parseIpv4 } from './addr.ts';
 import { EdgewayError, fail, ok, type Result } from './error.ts';
+import { ID_PATTERN, type Key } from './keys.ts';
 import * as limits from './limits.ts';
 import type {
   AddressOwner,
+  BlockOwner,
+  Cluster,
   Descriptor,
   Instance,
+  Leader,
   NetworkConfig,
   Node,
   Service,
@@ -43,7 +47,10 @@ export const instanceNumberSchema = v.pipe(
   v.maxValue(INSTANCE_NUMBER_MAX),
 );
 const epochSchema = v.pipe(v.number(), v.integer(), v.minValue(0));
-const idSchema = v.pipe(v.string(), v.minLength(1), v.maxLength(63));
+const idSchema = v.pipe(
+  v.string(),
+  v.regex(ID_PATTERN, 'must be 1…63 of a-z 0-9 . _ -, beginning with a letter or digit'),
+);
 const secondsSchema = v.pipe(v.number(), v.integer(), v.minValue(1));
 const versionEntry = { v: v.literal(1) };
 
@@ -123,6 +130,7 @@ const addressSchema = v.variant('kind', [
     kind: v.literal('service'),
     service: serviceIdSchema,
     policy: v.picklist(POLICIES),
+    resting: v.exactOptional(v.boolean()),
   }),
   v.object({
     ...versionEntry,
@@ -130,10 +138,23 @@ const addressSchema = v.variant('kind', [
     service: serviceIdSchema,
     instance: instanceNumberSchema,
     node: idSchema,
+    resting: v.exactOptional(v.boolean()),
   }),
 ]);
 
-const subnetSchema = v.object({ ...versionEntry, node: idSchema, cluster: idSchema });
+const subnetSchema = v.object({
+  ...versionEntry,
+  node: idSchema,
+  cluster: idSchema,
+  resting: v.exactOptional(v.boolean()),
+});
+const leaderSchema = v.object({ ...versionEntry, holder: idSchema });
+const blockSchema = v.object({ ...versionEntry, cluster: idSchema });
+const clusterSchema = v.object({
+  ...versionEntry,
+  cluster: idSchema,
+  admitted: v.optional(v.boolean(), false),
+});
 
 /** One line for a person: the field's path, what it should be, what it is. */
 export function describeIssues(issues: readonly v.BaseIssue<unknown>[]): string {
@@ -272,6 +293,99 @@ export function encodeSubnet(owner: SubnetOwner): string {
 }
 export function decodeSubnet(text: string): Result<SubnetOwner> {
   return strip(decode(subnetSchema, text));
+}
+
+export function encodeLeader(leader: Leader): string {
+  return print(leader);
+}
+export function decodeLeader(text: string): Result<Leader> {
+  return strip(decode(leaderSchema, text));
+}
+
+export function encodeBlock(owner: BlockOwner): string {
+  return print(owner);
+}
+export function decodeBlock(text: string): Result<BlockOwner> {
+  return strip(decode(blockSchema, text));
+}
+
+export function encodeCluster(cluster: Cluster): string {
+  return print(cluster);
+}
+export function decodeCluster(text: string): Result<Cluster> {
+  return strip(decode(clusterSchema, text));
+}
+
+/** What the value under each kind of key says. */
+export interface RecordValues {
+  readonly config: NetworkConfig;
+  readonly rootLeader: Leader;
+  readonly block: BlockOwner;
+  readonly cluster: Cluster;
+  readonly clusterLeader: Leader;
+  readonly subnet: SubnetOwner;
+  readonly node: Node;
+  readonly service: Service;
+  readonly address: AddressOwner;
+  readonly instance: Instance;
+}
+
+/** A key with its value, understood. */
+export type KeyRecord = {
+  [Kind in Key['kind']]: {
+    readonly kind: Kind;
+    readonly key: Extract<Key, { kind: Kind }>;
+    readonly value: RecordValues[Kind];
+  };
+}[Key['kind']];
+
+/** Total: a record or an error of code `invalid_record`, without the key in its message (see `recordError`). */
+export function decodeRecord(key: Key, text: string): Result<KeyRecord> {
+  switch (key.kind) {
+    case 'config':
+      return record({ kind: key.kind, key }, decodeConfig(text));
+    case 'rootLeader':
+      return record({ kind: key.kind, key }, decodeLeader(text));
+    case 'block':
+      return record({ kind: key.kind, key }, decodeBlock(text));
+    case 'cluster':
+      return record(
+        { kind: key.kind, key },
+        matching(decodeCluster(text), (c) => c.cluster === key.cluster, `cluster ${key.cluster}`),
+      );
+    case 'clusterLeader':
+      return record({ kind: key.kind, key }, decodeLeader(text));
+    case 'subnet':
+      return record({ kind: key.kind, key }, decodeSubnet(text));
+    case 'node':
+      return record(
+        { kind: key.kind, key },
+        matching(
+          decodeNode(text),
+          (node) => node.node === key.node && node.cluster === key.cluster,
+          `node ${key.node} of cluster ${key.cluster}`,
+        ),
+      );
+    case 'service':
+      return record({ kind: key.kind, key }, decodeService(text, key.service));
+    case 'address':
+      return record({ kind: key.kind, key }, decodeAddress(text));
+    case 'instance':
+      return record({ kind: key.kind, key }, decodeInstance(text, key));
+  }
+}
+
+function record<Kind extends Key['kind']>(
+  head: { readonly kind: Kind; readonly key: Extract<Key, { kind: Kind }> },
+  value: Result<RecordValues[Kind]>,
+): Result<KeyRecord> {
+  return value.ok ? ok({ ...head, value: value.value } as unknown as KeyRecord) : value;
+}
+
+/** A value that names another thing than its key is not believed. */
+function matching<T>(result: Result<T>, holds: (value: T) => boolean, what: string): Result<T> {
+  if (!result.ok || holds(result.value)) return result;
+  return fail('invalid_record', `describes something else than its key, which is that of ${what}`);
 }
 
 /** Omit that keeps a union's members apart. */

@@ -21,6 +21,7 @@ export const STATUS: Readonly<Record<ErrorCode, ContentfulStatusCode>> = {
   addresses_exhausted: 507,
   lease_lost: 503,
   coordination_unavailable: 503,
+  permission_denied: 403,
   conflict: 409,
   timeout: 504,
   host_command_failed: 500,

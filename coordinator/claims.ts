@@ -1,0 +1,671 @@
+// Claims: how a node gets its subnet, a service its ServiceIPs, an instance its InstanceIP and its place in the
+// keyspace. Every claim is a create-if-absent transaction with an owner in the value; the key's create revision is
+// its epoch. No lock protects anything here, and nothing that somebody else holds is ever overwritten.
+//
+// What a claim prefers is found without an index: the candidates of a claimant are an order of the whole range that
+// depends only on who asks, so whoever asks again meets its own earlier claim first. That also settles a write whose
+// outcome is unknown (a connection that broke after the request left): the next try recognises it.
+//
+// A released address rests: its value says so and a lease of `quarantineS` takes it away, so nobody else is given it
+// while a peer may still hold a flow to its last owner; the last holder itself may take it up again at once.
+import { type Cidr, formatCidr, formatIpv4, type Ipv4, overlaps } from '../src/addr.ts';
+import { EdgewayError, unwrap } from '../src/error.ts';
+import { hash32 } from '../src/hash.ts';
+import type { Keys } from '../src/keys.ts';
+import { CLAIM_PROBES, CLAIM_TRIES_MAX } from '../src/limits.ts';
+import type {
+  AddressOwner,
+  Descriptor,
+  Instance,
+  NetworkConfig,
+  Node,
+  Service,
+  SubnetOwner,
+} from '../src/model.ts';
+import type { ServiceId } from '../src/name.ts';
+import {
+  isServiceAddress,
+  serviceAddressAt,
+  serviceAddressCount,
+  subnetAt,
+  subnetCount,
+  subnetIndex,
+} from '../src/plan.ts';
+import { POLICIES, type Policy } from '../src/policy.ts';
+import {
+  decodeAddress,
+  decodeBlock,
+  decodeConfig,
+  decodeInstance,
+  decodeNode,
+  decodeService,
+  decodeSubnet,
+  descriptorId,
+  encodeAddress,
+  encodeConfig,
+  encodeInstance,
+  encodeNode,
+  encodeService,
+  encodeSubnet,
+  recordError,
+} from '../src/records.ts';
+import type { Compare, Kv, KvEntry, LeaseId, Operation } from './kv.ts';
+
+/** What there is, or `wanted` when there is nothing yet. Rejects `invalid_record` when what is there cannot be read. */
+export async function ensureConfig(kv: Kv, keys: Keys, wanted: NetworkConfig): Promise<NetworkConfig> {
+  const key = keys.build({ kind: 'config' });
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const entry = await kv.get(key);
+    if (entry !== undefined) {
+      const config = decodeConfig(entry.value);
+      if (!config.ok) throw recordError(key, config.error);
+      return config.value;
+    }
+    await kv.txn([{ key, createRevision: 0 }], [{ kind: 'put', key, value: encodeConfig(wanted) }]);
+  }
+  throw conflict(key);
+}
+
+export interface SubnetWish {
+  /** Held before, if the node remembers; tried first. */
+  readonly preferred?: Cidr;
+  /** This one or none. */
+  readonly exact?: Cidr;
+  /** Routes of the host: a subnet that overlaps one is not claimed. */
+  readonly avoid?: readonly Cidr[];
+  /** Salt of the order in which candidates are tried; the node id is part of it anyway. */
+  readonly seed?: number;
+  /** The node's tenure lease when it has one; otherwise one is granted. */
+  readonly lease?: LeaseId;
+  /** Where the node is reached: another live node of the same id elsewhere is a conflict, not a predecessor. */
+  readonly nodeIp?: Ipv4;
+}
+
+export interface SubnetClaim {
+  readonly subnet: Cidr;
+  /** Create revision of the claim: a later owner of the subnet has a greater one. */
+  readonly epoch: number;
+  /** Tenure: keep it alive. */
+  readonly lease: LeaseId;
+}
+
+/**
+ * Claims a node subnet, or confirms the one that the node holds. Rejects `subnet_taken` naming the holder (only with
+ * `exact`), `address_not_in_plan`, `subnets_exhausted`, `conflict` (node id in use elsewhere, or every candidate of
+ * a bounded number was snatched away), and whatever the store rejects with.
+ */
+export async function claimSubnet(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  owner: SubnetOwner,
+  wish: SubnetWish = {},
+): Promise<SubnetClaim> {
+  const { plan } = config;
+  const avoided = (subnet: Cidr): Cidr | undefined => wish.avoid?.find((route) => overlaps(route, subnet));
+  if (wish.exact !== undefined) {
+    unwrap(subnetIndex(plan, wish.exact));
+    const route = avoided(wish.exact);
+    if (route !== undefined)
+      throw new EdgewayError(
+        'subnet_taken',
+        `subnet ${formatCidr(wish.exact)} collides with this host's route ${formatCidr(route)}`,
+      );
+  }
+  const lease = wish.lease ?? (await kv.grant(config.tenureTtlS));
+  const attempt = async (subnet: Cidr): Promise<number | SubnetOwner> =>
+    tryClaimSubnet(kv, keys, subnet, owner, lease, wish.nodeIp);
+
+  if (wish.exact !== undefined) {
+    const result = await attempt(wish.exact);
+    if (typeof result === 'number') return { subnet: wish.exact, epoch: result, lease };
+    throw new EdgewayError(
+      'subnet_taken',
+      result.resting === true
+        ? `subnet ${formatCidr(wish.exact)} was given back by node ${result.node} a moment ago and rests`
+        : `subnet ${formatCidr(wish.exact)} is held by node ${result.node} of cluster ${result.cluster}`,
+    );
+  }
+
+  const tried = new Set<number>();
+  const tryIndex = async (index: number): Promise<SubnetClaim | undefined> => {
+    const subnet = subnetAt(plan, index);
+    tried.add(index);
+    if (avoided(subnet) !== undefined) return undefined;
+    const result = await attempt(subnet);
+    return typeof result === 'number' ? { subnet, epoch: result, lease } : undefined;
+  };
+  if (wish.preferred !== undefined) {
+    const index = subnetIndex(plan, wish.preferred);
+    const claim = index.ok ? await tryIndex(index.value) : undefined;
+    if (claim !== undefined) return claim;
+  }
+  const order = await candidateOrder(kv, keys, config, owner, wish.seed ?? 0);
+  for (const index of order.slice(0, CLAIM_PROBES)) {
+    if (tried.has(index)) continue;
+    const claim = await tryIndex(index);
+    if (claim !== undefined) return claim;
+  }
+  for (let round = 0; round < CLAIM_TRIES_MAX; round++) {
+    const taken = new Set(await kv.keys(keys.prefix('subnets')));
+    const free = order.filter((index) => {
+      const subnet = subnetAt(plan, index);
+      return avoided(subnet) === undefined && !taken.has(keys.build({ kind: 'subnet', subnet }));
+    });
+    if (free.length === 0)
+      throw new EdgewayError(
+        'subnets_exhausted',
+        `no free node subnet: ${taken.size} of ${subnetCount(plan)} in ${formatCidr(plan.platform)} are claimed` +
+          ((wish.avoid?.length ?? 0) > 0 ? ', the others collide with routes of this host' : '') +
+          (order.length < subnetCount(plan) ? ', or belong to blocks of other clusters' : ''),
+      );
+    for (const index of free.slice(0, CLAIM_PROBES)) {
+      const claim = await tryIndex(index);
+      if (claim !== undefined) return claim;
+    }
+  }
+  throw new EdgewayError(
+    'conflict',
+    `node ${owner.node} lost every race for a subnet in ${CLAIM_TRIES_MAX} rounds; try again`,
+  );
+}
+
+/** The epoch when the subnet is ours now; otherwise who has it. */
+async function tryClaimSubnet(
+  kv: Kv,
+  keys: Keys,
+  subnet: Cidr,
+  owner: SubnetOwner,
+  lease: LeaseId,
+  nodeIp: Ipv4 | undefined,
+): Promise<number | SubnetOwner> {
+  const key = keys.build({ kind: 'subnet', subnet });
+  const put: Operation = { kind: 'put', key, value: encodeSubnet(plainOwner(owner)), lease };
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const claimed = await kv.txn([{ key, createRevision: 0 }], [put]);
+    if (claimed.succeeded) return claimed.revision;
+    const entry = await kv.get(key);
+    if (entry === undefined) continue;
+    const holder = decodeSubnet(entry.value);
+    // A value that nobody can read is still somebody's claim: the key is what counts.
+    if (!holder.ok) return { node: '(unreadable claim)', cluster: '?' };
+    if (holder.value.node !== owner.node || holder.value.cluster !== owner.cluster) return holder.value;
+    const unchanged: Compare = { key, modRevision: entry.modRevision };
+    if (holder.value.resting === true) {
+      // A new tenancy needs a new epoch, which only a new key has.
+      await kv.txn([unchanged], [{ kind: 'delete', key }]);
+      continue;
+    }
+    await refuseTwin(kv, keys, owner, nodeIp);
+    if (entry.lease === lease) return entry.createRevision;
+    if ((await kv.txn([unchanged], [put])).succeeded) return entry.createRevision;
+  }
+  throw conflict(key);
+}
+
+/** Two hosts that were given one node id must not share a subnet. */
+async function refuseTwin(kv: Kv, keys: Keys, owner: SubnetOwner, nodeIp: Ipv4 | undefined): Promise<void> {
+  if (nodeIp === undefined) return;
+  const entry = await kv.get(keys.build({ kind: 'node', cluster: owner.cluster, node: owner.node }));
+  const node = entry === undefined ? undefined : decodeNode(entry.value);
+  if (node?.ok && node.value.nodeIp !== nodeIp)
+    throw new EdgewayError(
+      'conflict',
+      `node id ${owner.node} is in use by a live node at ${formatIpv4(node.value.nodeIp)}; this host is ${formatIpv4(nodeIp)}`,
+    );
+}
+
+/** Subnet indexes that the node may claim, its cluster's blocks first, in an order that depends on the node alone. */
+async function candidateOrder(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  owner: SubnetOwner,
+  seed: number,
+): Promise<number[]> {
+  const mine: Cidr[] = [];
+  const others: Cidr[] = [];
+  for (const entry of (await kv.range(keys.prefix('root'))).entries) {
+    const key = keys.parse(entry.key);
+    if (!key.ok || key.value.kind !== 'block') continue;
+    const block = decodeBlock(entry.value);
+    // A block whose owner cannot be read is nobody's to claim from.
+    (block.ok && block.value.cluster === owner.cluster ? mine : others).push(key.value.block);
+  }
+  const count = subnetCount(config.plan);
+  const start = hash32(`${owner.cluster}/${owner.node}`, seed) % count;
+  const first: number[] = [];
+  const rest: number[] = [];
+  for (let i = 0; i < count; i++) {
+    const index = (start + i) % count;
+    if (mine.length === 0 && others.length === 0) {
+      rest.push(index);
+      continue;
+    }
+    const subnet = subnetAt(config.plan, index);
+    if (mine.some((block) => overlaps(block, subnet))) first.push(index);
+    else if (!others.some((block) => overlaps(block, subnet))) rest.push(index);
+  }
+  return [...first, ...rest];
+}
+
+/** Gives a subnet back; it rests before somebody else gets it. Succeeds when it is not the owner's (any more). */
+export async function releaseSubnet(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  owner: SubnetOwner,
+  subnet: Cidr,
+): Promise<void> {
+  const key = keys.build({ kind: 'subnet', subnet });
+  const rest = restOf(kv, config);
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const entry = await kv.get(key);
+    const holder = entry === undefined ? undefined : decodeSubnet(entry.value);
+    if (entry === undefined || !holder?.ok || holder.value.resting === true) return;
+    if (holder.value.node !== owner.node || holder.value.cluster !== owner.cluster) return;
+    const operation = await rest(key, (resting) => encodeSubnet({ ...plainOwner(owner), ...resting }));
+    if ((await kv.txn([{ key, modRevision: entry.modRevision }], [operation])).succeeded) return;
+  }
+  throw conflict(key);
+}
+
+/** A service as it stands in the keyspace, and the revision that a reader must reach to see it. */
+export interface AppliedService {
+  readonly service: Service;
+  readonly revision: number;
+}
+
+/**
+ * Creates or changes a service and claims the ServiceIPs that it lacks, in one transaction. Addresses that it has
+ * stay unless `wanted` says otherwise; the replaced one rests. Applying the same again changes nothing. Rejects
+ * `address_taken` naming the holder, `address_not_in_plan`, `addresses_exhausted`, `conflict`.
+ */
+export async function applyService(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  descriptor: Descriptor,
+  wanted: Partial<Record<Policy, Ipv4>> = {},
+  seed = 0,
+): Promise<AppliedService> {
+  const id = unwrap(descriptorId(descriptor));
+  for (const policy of POLICIES) checkWanted(config, wanted[policy]);
+  const distinct = new Set(Object.values(wanted));
+  if (distinct.size < Object.values(wanted).length)
+    throw new EdgewayError('invalid_request', `service ${id}: one address cannot stand for two policies`);
+  const key = keys.build({ kind: 'service', service: id });
+  const rest = restOf(kv, config);
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const entry = await kv.get(key);
+    const known = entry === undefined ? undefined : decodeService(entry.value, id);
+    const before = known?.ok ? known.value : undefined;
+    const addresses: Partial<Record<Policy, Ipv4>> = {};
+    const compares: Compare[] = [
+      entry === undefined ? { key, createRevision: 0 } : { key, modRevision: entry.modRevision },
+    ];
+    const operations: Operation[] = [];
+    for (const policy of POLICIES) {
+      const had = before?.addresses[policy];
+      const owner: AddressOwner = { kind: 'service', service: id, policy };
+      const slot = await findAddress(kv, keys, config, owner, {
+        wanted: wanted[policy],
+        had,
+        seed,
+        except: new Set([...Object.values(addresses), ...distinct]),
+      });
+      addresses[policy] = slot.address;
+      compares.push(slot.compare);
+      if (slot.write)
+        operations.push({ kind: 'put', key: addressKey(keys, slot.address), value: encodeAddress(owner) });
+      if (had !== undefined && had !== slot.address) {
+        const old = await kv.get(addressKey(keys, had));
+        if (old === undefined || !sameOwner(decodeAddress(old.value), owner)) continue;
+        compares.push({ key: old.key, modRevision: old.modRevision });
+        operations.push(await rest(old.key, (resting) => encodeAddress({ ...owner, ...resting })));
+      }
+    }
+    const service: Service = { id, descriptor, addresses };
+    const value = encodeService(service);
+    if (entry !== undefined && operations.length === 0 && entry.value === value)
+      return { service, revision: entry.modRevision };
+    operations.push({ kind: 'put', key, value });
+    const result = await kv.txn(compares, operations);
+    if (result.succeeded) return { service, revision: result.revision };
+  }
+  throw conflict(key);
+}
+
+/**
+ * Deletes a service; its ServiceIPs rest. Rejects `not_found`, and `instance_exists` naming a node while instances
+ * live, unless forced. Returns the revision of the deletion.
+ */
+export async function deleteService(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  id: ServiceId,
+  options: { readonly force?: boolean } = {},
+): Promise<number> {
+  const key = keys.build({ kind: 'service', service: id });
+  const rest = restOf(kv, config);
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const entry = await kv.get(key);
+    if (entry === undefined) throw new EdgewayError('not_found', `there is no service ${id}`);
+    if (options.force !== true) {
+      const [alive] = (await kv.range(keys.instancesOf(id))).entries;
+      if (alive !== undefined)
+        throw new EdgewayError(
+          'instance_exists',
+          `service ${id} still has instances (${alive.key}); undeploy them first`,
+        );
+    }
+    const compares: Compare[] = [{ key, modRevision: entry.modRevision }];
+    const operations: Operation[] = [{ kind: 'delete', key }];
+    const known = decodeService(entry.value, id);
+    for (const policy of POLICIES) {
+      const address = known.ok ? known.value.addresses[policy] : undefined;
+      const held = address === undefined ? undefined : await kv.get(addressKey(keys, address));
+      const owner: AddressOwner = { kind: 'service', service: id, policy };
+      if (held === undefined || !sameOwner(decodeAddress(held.value), owner)) continue;
+      compares.push({ key: held.key, modRevision: held.modRevision });
+      operations.push(await rest(held.key, (resting) => encodeAddress({ ...owner, ...resting })));
+    }
+    const result = await kv.txn(compares, operations);
+    if (result.succeeded) return result.revision;
+  }
+  throw conflict(key);
+}
+
+export interface InstanceWish {
+  readonly service: ServiceId;
+  readonly instance: number;
+  readonly node: string;
+  /** The node's tenure lease. */
+  readonly lease: LeaseId;
+  /** An InstanceIP that the caller insists on. */
+  readonly wanted?: Ipv4;
+  /** What this instance held before, if the node remembers. */
+  readonly preferred?: Ipv4;
+  readonly seed?: number;
+}
+
+/**
+ * Claims the InstanceIP of an instance. Rejects `instance_exists` when a live node publishes that number,
+ * `address_taken`, `address_not_in_plan`, `addresses_exhausted`, `conflict`.
+ */
+export async function claimInstance(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  wish: InstanceWish,
+): Promise<{ readonly instanceIp: Ipv4; readonly revision: number }> {
+  const { service, instance, node } = wish;
+  checkWanted(config, wish.wanted);
+  await refuseOtherNode(keys, await kv.get(keys.build({ kind: 'instance', service, instance })), node);
+  const owner: AddressOwner = { kind: 'instance', service, instance, node };
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const slot = await findAddress(kv, keys, config, owner, {
+      wanted: wish.wanted,
+      had: wish.preferred,
+      seed: wish.seed ?? 0,
+      except: new Set(),
+    });
+    const key = addressKey(keys, slot.address);
+    // A claim that hangs on an earlier tenure lease moves to the present one.
+    if (!slot.write && slot.lease === wish.lease)
+      return { instanceIp: slot.address, revision: slot.revision };
+    const put: Operation = { kind: 'put', key, value: encodeAddress(owner), lease: wish.lease };
+    const result = await kv.txn([slot.compare], [put]);
+    if (result.succeeded) return { instanceIp: slot.address, revision: result.revision };
+  }
+  throw conflict(`instance ${instance} of ${service}`);
+}
+
+/**
+ * Makes an instance visible, under the node's presence lease, provided that the node still holds its subnet with the
+ * instance's epoch. Publishing again moves it to the given lease. Returns the revision. Rejects `instance_exists`
+ * naming the node that has the number, `lease_lost` when the subnet is no longer the node's.
+ */
+export async function publishInstance(
+  kv: Kv,
+  keys: Keys,
+  subnet: Cidr,
+  instance: Instance,
+  lease: LeaseId,
+): Promise<number> {
+  const key = keys.build({ kind: 'instance', service: instance.service, instance: instance.instance });
+  const fence: Compare = {
+    key: keys.build({ kind: 'subnet', subnet }),
+    createRevision: instance.epoch,
+  };
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const entry = await kv.get(key);
+    await refuseOtherNode(keys, entry, instance.node);
+    const unchanged: Compare =
+      entry === undefined ? { key, createRevision: 0 } : { key, modRevision: entry.modRevision };
+    const put: Operation = { kind: 'put', key, value: encodeInstance(instance), lease };
+    const result = await kv.txn([fence, unchanged], [put]);
+    if (result.succeeded) return result.revision;
+    await checkFence(kv, fence, subnet);
+  }
+  throw conflict(key);
+}
+
+/**
+ * Takes an instance away and lets its InstanceIP rest; either may be gone already. Returns the revision that a
+ * reader must reach not to see it; 0 when there was nothing. What another node holds under the number stays.
+ */
+export async function releaseInstance(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  held: {
+    readonly service: ServiceId;
+    readonly instance: number;
+    readonly node: string;
+    readonly instanceIp?: Ipv4;
+  },
+): Promise<number> {
+  const { service, instance, node } = held;
+  const key = keys.build({ kind: 'instance', service, instance });
+  const rest = restOf(kv, config);
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const compares: Compare[] = [];
+    const operations: Operation[] = [];
+    const entry = await kv.get(key);
+    const published = entry === undefined ? undefined : decodeInstance(entry.value, { service, instance });
+    if (entry !== undefined && published?.ok && published.value.node === node) {
+      compares.push({ key, modRevision: entry.modRevision });
+      operations.push({ kind: 'delete', key });
+    }
+    const address = held.instanceIp ?? (published?.ok ? published.value.instanceIp : undefined);
+    const claim = address === undefined ? undefined : await kv.get(addressKey(keys, address));
+    const owner: AddressOwner = { kind: 'instance', service, instance, node };
+    if (claim !== undefined && sameOwner(decodeAddress(claim.value), owner)) {
+      compares.push({ key: claim.key, modRevision: claim.modRevision });
+      operations.push(await rest(claim.key, (resting) => encodeAddress({ ...owner, ...resting })));
+    }
+    if (operations.length === 0) return 0;
+    const result = await kv.txn(compares, operations);
+    if (result.succeeded) return result.revision;
+  }
+  throw conflict(key);
+}
+
+/** Makes the node visible under its presence lease, provided that its subnet is still its own. Returns the revision. */
+export async function publishNode(kv: Kv, keys: Keys, node: Node, lease: LeaseId): Promise<number> {
+  const fence: Compare = {
+    key: keys.build({ kind: 'subnet', subnet: node.subnet }),
+    createRevision: node.epoch,
+  };
+  const key = keys.build({ kind: 'node', cluster: node.cluster, node: node.node });
+  const result = await kv.txn([fence], [{ kind: 'put', key, value: encodeNode(node), lease }]);
+  if (result.succeeded) return result.revision;
+  await checkFence(kv, fence, node.subnet);
+  throw conflict(key);
+}
+
+/** Takes the node's record away; succeeds when it is gone. */
+export async function withdrawNode(kv: Kv, keys: Keys, node: Pick<Node, 'node' | 'cluster'>): Promise<void> {
+  await kv.txn(
+    [],
+    [{ kind: 'delete', key: keys.build({ kind: 'node', cluster: node.cluster, node: node.node }) }],
+  );
+}
+
+interface Slot {
+  readonly address: Ipv4;
+  /** What must still hold when the address is used. */
+  readonly compare: Compare;
+  /** False when it is ours already. */
+  readonly write: boolean;
+  readonly lease?: LeaseId;
+  readonly revision: number;
+}
+
+/** An address that the owner has or may have: the wanted one, the one it had, or the next of its own order. */
+async function findAddress(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  owner: AddressOwner,
+  wish: {
+    readonly wanted: Ipv4 | undefined;
+    readonly had: Ipv4 | undefined;
+    readonly seed: number;
+    /** Spoken for in the same transaction. */
+    readonly except: ReadonlySet<Ipv4>;
+  },
+): Promise<Slot> {
+  const look = async (address: Ipv4): Promise<Slot | AddressOwner | undefined> => {
+    const key = addressKey(keys, address);
+    const entry = await kv.get(key);
+    if (entry === undefined)
+      return { address, compare: { key, createRevision: 0 }, write: true, revision: 0 };
+    const holder = decodeAddress(entry.value);
+    if (!holder.ok) return undefined;
+    const compare: Compare = { key, modRevision: entry.modRevision };
+    const revision = entry.modRevision;
+    const lease = entry.lease === undefined ? {} : { lease: entry.lease };
+    if (holder.value.resting === true)
+      return mayWake(holder.value, owner)
+        ? { address, compare, write: true, revision, ...lease }
+        : holder.value;
+    return sameOwner(holder, owner) ? { address, compare, write: false, revision, ...lease } : holder.value;
+  };
+  if (wish.wanted !== undefined) {
+    const found = await look(wish.wanted);
+    if (found !== undefined && 'compare' in found) return found;
+    throw new EdgewayError(
+      'address_taken',
+      `address ${formatIpv4(wish.wanted)} ${found === undefined ? 'has a claim that cannot be read' : describeOwner(found)}`,
+    );
+  }
+  const usable = (address: Ipv4): boolean =>
+    !wish.except.has(address) && isServiceAddress(config.plan, address);
+  if (wish.had !== undefined && usable(wish.had)) {
+    const found = await look(wish.had);
+    if (found !== undefined && 'compare' in found) return found;
+  }
+  const count = serviceAddressCount(config.plan);
+  const start = hash32(ownerText(owner), wish.seed) % count;
+  for (let i = 0; i < CLAIM_PROBES; i++) {
+    const address = serviceAddressAt(config.plan, (start + i) % count);
+    const found = usable(address) ? await look(address) : undefined;
+    if (found !== undefined && 'compare' in found) return found;
+  }
+  const taken = new Set(await kv.keys(keys.prefix('addresses')));
+  for (let i = 0; i < count; i++) {
+    const address = serviceAddressAt(config.plan, (start + i) % count);
+    if (!usable(address) || taken.has(addressKey(keys, address))) continue;
+    const found = await look(address);
+    if (found !== undefined && 'compare' in found) return found;
+  }
+  throw new EdgewayError(
+    'addresses_exhausted',
+    `no free address in ${formatCidr(config.plan.services)}: ${taken.size} of ${count} are claimed`,
+  );
+}
+
+/** Turns a claim into a resting one: an operation on a lease that ends with the quarantine. */
+function restOf(
+  kv: Kv,
+  config: NetworkConfig,
+): (key: string, value: (resting: { resting: true }) => string) => Promise<Operation> {
+  let lease: LeaseId | undefined;
+  return async (key, value) => {
+    if (config.quarantineS === 0) return { kind: 'delete', key };
+    lease ??= await kv.grant(config.quarantineS);
+    return { kind: 'put', key, value: value({ resting: true }), lease };
+  };
+}
+
+async function refuseOtherNode(keys: Keys, entry: KvEntry | undefined, node: string): Promise<void> {
+  if (entry === undefined) return;
+  const key = keys.parse(entry.key);
+  if (!key.ok || key.value.kind !== 'instance') return;
+  const held = decodeInstance(entry.value, key.value);
+  if (!held.ok) throw recordError(entry.key, held.error);
+  if (held.value.node !== node)
+    throw new EdgewayError(
+      'instance_exists',
+      `instance ${key.value.instance} of ${key.value.service} lives on node ${held.value.node}`,
+    );
+}
+
+async function checkFence(kv: Kv, fence: Compare, subnet: Cidr): Promise<void> {
+  const claim = await kv.get(fence.key);
+  if (claim === undefined || ('createRevision' in fence && claim.createRevision !== fence.createRevision))
+    throw new EdgewayError(
+      'lease_lost',
+      `this node no longer holds subnet ${formatCidr(subnet)}; register again`,
+    );
+}
+
+function checkWanted(config: NetworkConfig, address: Ipv4 | undefined): void {
+  if (address === undefined || isServiceAddress(config.plan, address)) return;
+  throw new EdgewayError(
+    'address_not_in_plan',
+    `address ${formatIpv4(address)} cannot be claimed: service addresses lie inside ${formatCidr(config.plan.services)}`,
+  );
+}
+
+function addressKey(keys: Keys, address: Ipv4): string {
+  return keys.build({ kind: 'address', address });
+}
+
+function plainOwner(owner: SubnetOwner): SubnetOwner {
+  return { node: owner.node, cluster: owner.cluster };
+}
+
+function ownerText(owner: AddressOwner): string {
+  return owner.kind === 'service' ? `${owner.service}/${owner.policy}` : `${owner.service}/${owner.instance}`;
+}
+
+function sameOwner(holder: ReturnType<typeof decodeAddress>, owner: AddressOwner): boolean {
+  return (
+    holder.ok &&
+    holder.value.resting !== true &&
+    holder.value.kind === owner.kind &&
+    ownerText(holder.value) === ownerText(owner) &&
+    (holder.value.kind !== 'instance' || owner.kind !== 'instance' || holder.value.node === owner.node)
+  );
+}
+
+/** A resting address goes back to the same policy or instance number only; for an instance, on any node. */
+function mayWake(holder: AddressOwner, owner: AddressOwner): boolean {
+  return holder.kind === owner.kind && ownerText(holder) === ownerText(owner);
+}
+
+function describeOwner(owner: AddressOwner): string {
+  const what =
+    owner.kind === 'service'
+      ? `policy ${owner.policy} of ${owner.service}`
+      : `instance ${owner.instance} of ${owner.service} on node ${owner.node}`;
+  return owner.resting === true ? `was given back by ${what} a moment ago and rests` : `is held by ${what}`;
+}
+
+function conflict(key: string): EdgewayError {
+  return new EdgewayError('conflict', `${key} kept changing under ${CLAIM_TRIES_MAX} tries; try again`);
+}
