@@ -4,6 +4,13 @@ set -eu
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
+# shellcheck shell=bash disable=SC2034
+# program:package pairs. What a laboratory with agents, etcd and a container needs …
+LAB_PACKAGES=(ip:iproute2 nsenter:util-linux nft:nftables iptables:iptables etcd:etcd-server etcdctl:etcd-client
+  busybox:busybox-static curl:curl dockerd:docker.io tcpdump:tcpdump)
+# … and the real clients that the tests ask.
+TEST_PACKAGES=(dig:bind9-dnsutils avahi-daemon:avahi-daemon avahi-resolve:avahi-utils dbus-daemon:dbus iperf3:iperf3)
+
 say() { printf '%s\n' "$*" >&2; }
 
 # need_packages PROGRAM:PACKAGE ... installs the Debian packages whose program is missing.

@@ -1,6 +1,7 @@
 // Runs every uvu file under Node and under Deno, each in a process of its own, and adds up what they counted.
 // uvu itself exits 0 on a file without tests and has no time limit; here both are failures.
 //   scripts/run scripts/test.ts [--runtime node|deno] [--jobs N] [FILTER ...]    FILTER: part of a file's path
+// A test that needs the machine to itself (real/) runs alone, after the others.
 import { spawn } from 'node:child_process';
 import { readdirSync } from 'node:fs';
 import { join, relative } from 'node:path';
@@ -9,11 +10,6 @@ import { parseArgs, stripVTControlCharacters } from 'node:util';
 
 const root = join(import.meta.dirname, '..');
 const FILE_LIMIT_MS = 300_000;
-
-const { values, positionals } = parseArgs({
-  allowPositionals: true,
-  options: { runtime: { type: 'string' }, jobs: { type: 'string' } },
-});
 
 interface Outcome {
   readonly passed: number;
@@ -27,14 +23,13 @@ const RUNTIMES: Record<string, readonly string[]> = {
   deno: [process.env['DENO'] ?? 'deno', 'run', '-A', '--quiet'],
 };
 
-/** Files that need the machine to themselves run one at a time, after the others. */
 const alone = (file: string): boolean => /(^|\/)(real|demo)\//.test(file);
 
-function testFiles(): string[] {
+function testFiles(filters: readonly string[]): string[] {
   return readdirSync(join(root, 'test'), { recursive: true, encoding: 'utf8' })
     .filter((file) => file.endsWith('.test.ts'))
     .map((file) => relative(root, join(root, 'test', file)))
-    .filter((file) => positionals.length === 0 || positionals.some((part) => file.includes(part)))
+    .filter((file) => filters.length === 0 || filters.some((part) => file.includes(part)))
     .sort();
 }
 
@@ -75,33 +70,43 @@ function run(runtime: string, file: string): Promise<Outcome> {
   });
 }
 
-const runtimes = values.runtime === undefined ? Object.keys(RUNTIMES) : [values.runtime];
-const work = testFiles().flatMap((file) => runtimes.map((runtime) => ({ file, runtime })));
-const together = work.filter(({ file }) => !alone(file));
-const oneByOne = work.filter(({ file }) => alone(file));
-let passed = 0;
-let failed = 0;
+/** Runs what the arguments select; prints one line a file, and the output of those that failed. */
+export async function runTests(args: readonly string[]): Promise<{ passed: number; failed: number }> {
+  const { values, positionals } = parseArgs({
+    args: [...args],
+    allowPositionals: true,
+    options: { runtime: { type: 'string' }, jobs: { type: 'string', default: '2' } },
+  });
+  const runtimes = values.runtime === undefined ? Object.keys(RUNTIMES) : [values.runtime];
+  const work = testFiles(positionals).flatMap((file) => runtimes.map((runtime) => ({ file, runtime })));
+  let passed = 0;
+  let failed = 0;
 
-async function drain(queue: { file: string; runtime: string }[]): Promise<void> {
-  for (let next = queue.shift(); next !== undefined; next = queue.shift()) {
-    const outcome = await run(next.runtime, next.file);
-    passed += outcome.passed;
-    failed += outcome.failed;
-    const mark = outcome.failed === 0 ? 'ok  ' : 'FAIL';
-    console.log(
-      `${mark} ${next.runtime.padEnd(4)} ${next.file}  ${outcome.passed} passed, ${outcome.failed} failed, ${(outcome.durationMs / 1000).toFixed(1)} s`,
-    );
-    if (outcome.failed > 0) console.log(outcome.output.replace(/^/gm, '     | '));
+  async function drain(queue: { file: string; runtime: string }[]): Promise<void> {
+    for (let next = queue.shift(); next !== undefined; next = queue.shift()) {
+      const outcome = await run(next.runtime, next.file);
+      passed += outcome.passed;
+      failed += outcome.failed;
+      const mark = outcome.failed === 0 ? 'ok  ' : 'FAIL';
+      console.log(
+        `${mark} ${next.runtime.padEnd(4)} ${next.file}  ${outcome.passed} passed, ${outcome.failed} failed, ${(outcome.durationMs / 1000).toFixed(1)} s`,
+      );
+      if (outcome.failed > 0) console.log(outcome.output.replace(/^/gm, '     | '));
+    }
   }
+
+  const together = work.filter(({ file }) => !alone(file));
+  await Promise.all(Array.from({ length: Number(values.jobs) }, () => drain(together)));
+  await drain(work.filter(({ file }) => alone(file)));
+  if (work.length === 0) {
+    console.log('no test file matches');
+    failed++;
+  }
+  return { passed, failed };
 }
 
-const jobs = Number(values.jobs ?? 2);
-const queue = [...together];
-await Promise.all(Array.from({ length: jobs }, () => drain(queue)));
-await drain([...oneByOne]);
-if (work.length === 0) {
-  console.log('no test file matches');
-  failed = 1;
+if (process.argv[1] === import.meta.filename) {
+  const { passed, failed } = await runTests(process.argv.slice(2));
+  console.log(`\n${passed} passed, ${failed} failed`);
+  process.exitCode = failed === 0 ? 0 : 1;
 }
-console.log(`\n${passed} passed, ${failed} failed`);
-process.exitCode = failed === 0 ? 0 : 1;

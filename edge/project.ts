@@ -1,0 +1,44 @@
+// The packet loop's projection of the routing table: which commands bring the loop up to date. Pure.
+import type { Instance } from '../src/model.ts';
+import type { ServiceId } from '../src/name.ts';
+import type { InstanceRoute, ProxyCommand } from './proxy/command.ts';
+import type { RouteTable } from './routes/table.ts';
+
+function routeOf(instance: Instance, thisNode: string): InstanceRoute {
+  return {
+    instance: instance.instance,
+    instanceIp: instance.instanceIp,
+    namespaceIp: instance.namespaceIp,
+    nodeIp: instance.nodeIp,
+    ewp: instance.ewp,
+    local: instance.node === thisNode,
+  };
+}
+
+/** What the loop must be told about one service. An instance may be there before its service's record. */
+export function projectService(table: RouteTable, id: ServiceId, thisNode: string): ProxyCommand {
+  const service = table.service(id);
+  const instances = table.instancesOf(id);
+  if (service === undefined && instances.length === 0) return { kind: 'serviceGone', service: id };
+  return {
+    kind: 'service',
+    service: id,
+    addresses: service?.addresses ?? {},
+    instances: instances.map((instance) => routeOf(instance, thisNode)),
+  };
+}
+
+/** What the loop must be told about an instance of this node; `needs` come from its service's descriptor. */
+export function projectLocal(
+  table: RouteTable,
+  local: Pick<Instance, 'service' | 'namespaceIp' | 'instanceIp'>,
+): ProxyCommand {
+  const needs = table.service(local.service)?.descriptor.needs;
+  return {
+    kind: 'local',
+    namespaceIp: local.namespaceIp,
+    instanceIp: local.instanceIp,
+    service: local.service,
+    ...(needs === undefined ? {} : { needs }),
+  };
+}

@@ -1,0 +1,67 @@
+import { test } from 'uvu';
+import * as assert from 'uvu/assert';
+import { parseApiAddress, parseConfig, type SettingValues } from '../../edge/config.ts';
+import { formatIpv4, parseIpv4 } from '../../src/addr.ts';
+import { EdgewayError, unwrap } from '../../src/error.ts';
+
+function why(flags: SettingValues, environment: Record<string, string> = {}): string {
+  try {
+    parseConfig(flags, environment, 'host');
+  } catch (thrown) {
+    assert.instance(thrown, EdgewayError);
+    assert.is((thrown as EdgewayError).code, 'invalid_request');
+    return (thrown as EdgewayError).message;
+  }
+  return 'accepted';
+}
+
+test('parseConfig: no setting at all gives a working single node', () => {
+  const config = parseConfig({}, {}, 'Shop-Box');
+  assert.is(config.node, 'shop-box');
+  assert.equal(config.etcd, []);
+  assert.equal(config.register, { kind: 'wait' });
+  assert.equal(config.api, { kind: 'tcp', host: '127.0.0.1', port: 10_100 });
+  assert.is(config.nodeIp, undefined);
+  assert.is(config.ewp, 4790);
+});
+
+test('parseConfig: a flag wins over the environment, the environment over the default', () => {
+  assert.is(parseConfig({ ewp: '5000' }, { EDGEWAY_EWP: '6000' }, 'h').ewp, 5000);
+  assert.is(parseConfig({}, { EDGEWAY_EWP: '6000' }, 'h').ewp, 6000);
+  assert.equal(parseConfig({}, { EDGEWAY_ETCD: 'a:1, b:2' }, 'h').etcd, ['a:1', 'b:2']);
+  assert.is(
+    formatIpv4(parseConfig({ 'node-ip': '10.0.0.7' }, {}, 'h').nodeIp ?? unwrap(parseIpv4('0.0.0.0'))),
+    '10.0.0.7',
+  );
+});
+
+test('parseConfig: each bad value names its flag, itself and the rule', () => {
+  assert.match(why({ ewp: '0' }), '--ewp "0": must be an integer from 1 to 65535');
+  assert.match(why({ ewp: 'x' }), 'must be an integer');
+  assert.match(why({ 'node-ip': '10.0.0' }), '--node-ip "10.0.0"');
+  assert.match(why({ node: 'UPPER' }), '--node "UPPER"');
+  assert.match(why({ bridge: 'a-name-of-sixteen' }), '1…15');
+  assert.match(why({ bridge: 'same', tun: 'same' }), 'must differ');
+  assert.match(why({ register: '172.16.0.1/26' }), 'host bits');
+  assert.match(why({ register: 'sometimes' }), 'must be wait, auto or a subnet');
+  assert.match(why({ mdns: 'maybe' }), 'must be on or off');
+  assert.match(why({ upstreams: 'one.one' }), 'must be IPv4 addresses');
+  assert.match(why({ root: 'edgeway' }), '--root');
+  assert.match(why({ 'presence-ttl': '1' }), 'from 2 to 3600');
+  assert.match(why({}, { EDGEWAY_LOG_LEVEL: 'loud' }), '--log-level "loud"');
+});
+
+test('parseApiAddress: loopback and unix sockets only', () => {
+  assert.equal(parseApiAddress('unix:/run/e.sock'), { kind: 'unix', path: '/run/e.sock' });
+  assert.equal(parseApiAddress('/run/e.sock'), { kind: 'unix', path: '/run/e.sock' });
+  assert.equal(parseApiAddress('http://127.0.0.1:80/'), { kind: 'tcp', host: '127.0.0.1', port: 80 });
+  assert.equal(parseApiAddress('[::1]:80'), { kind: 'tcp', host: '::1', port: 80 });
+  for (const text of ['0.0.0.0:80', '10.0.0.1:80', '127.0.0.1:70000', 'localhost', '', 'example.com:80'])
+    assert.throws(
+      () => parseApiAddress(text),
+      (e: EdgewayError) => e.code === 'invalid_request',
+      text,
+    );
+});
+
+test.run();
