@@ -114,6 +114,15 @@ assert(
   PRESENCE_TTL_S * 1000 * RENEW_FRACTION * (1 + RENEW_JITTER) + REQUEST_TIMEOUT_MS < PRESENCE_TTL_S * 1000,
   'a renewal that fails leaves time for another before the lease ends',
 );
+/** One program of the host (`ip`, `nft`, `iptables -w`): they take milliseconds; 20 s outlives a held xtables lock. */
+export const COMMAND_LIMIT_MS = 20_000;
+/** Output kept of one program or one engine answer: `ip -j route` of 15,360 peers is about 2 MiB. */
+export const COMMAND_OUTPUT_MAX = 8 * 1024 * 1024;
+/** One answer of the container engine. */
+export const ENGINE_LIMIT_MS = 10_000;
+/** Linux IFNAMSIZ 16 with its terminating zero. */
+export const INTERFACE_NAME_MAX = 15;
+
 assert(PRESENCE_TTL_S * 4 < TENURE_TTL_S, 'presence ends long before tenure');
 assert(MTU_DEFAULT + TUNNEL_OVERHEAD === 1500, 'a full overlay packet fills one Ethernet frame');
 assert(UDP_ONEWAY_IDLE_MS < UDP_IDLE_MS, 'a flow seen one way expires first');

@@ -1,0 +1,108 @@
+// Reads what the host looks like, through Runner only: links, addresses, routes, namespaces. It changes nothing. The
+// JSON of `ip -j` is parsed like any other input: what is not understood is an error that names the command.
+import * as v from 'valibot';
+import { type Cidr, ipv4, networkOf, parseIpv4 } from '../../src/addr.ts';
+import { EdgewayError } from '../../src/error.ts';
+import type { Runner } from '../ports.ts';
+import { enter } from './apply.ts';
+
+const linkSchema = v.object({ ifname: v.string(), master: v.optional(v.string()) });
+const addressSchema = v.object({
+  ifname: v.string(),
+  addr_info: v.array(v.object({ local: v.string(), prefixlen: v.number() })),
+});
+const routeSchema = v.object({ dst: v.string(), dev: v.optional(v.string()), type: v.optional(v.string()) });
+
+export type Link = v.InferOutput<typeof linkSchema>;
+
+export class Observer {
+  readonly #runner: Runner;
+  constructor(runner: Runner) {
+    this.#runner = runner;
+  }
+
+  links(netns?: string): Promise<readonly Link[]> {
+    return this.#json(linkSchema, ['ip', '-j', 'link', 'show'], netns);
+  }
+
+  /** IPv4 addresses as `a.b.c.d/len`, by link. */
+  async addresses(netns?: string): Promise<ReadonlyMap<string, readonly string[]>> {
+    const rows = await this.#json(addressSchema, ['ip', '-j', '-4', 'addr', 'show'], netns);
+    return new Map(
+      rows.map((row) => [row.ifname, row.addr_info.map((one) => `${one.local}/${one.prefixlen}`)]),
+    );
+  }
+
+  async hasDefaultRoute(netns: string): Promise<boolean> {
+    const rows = await this.#json(routeSchema, ['ip', '-j', '-4', 'route', 'show', 'default'], netns);
+    return rows.length > 0;
+  }
+
+  /** Prefixes of every route and address, except those on the links that `ours` names and the loopback's. */
+  async prefixes(ours: (link: string) => boolean): Promise<readonly Cidr[]> {
+    const routes = await this.#json(routeSchema, ['ip', '-j', '-4', 'route', 'show', 'table', 'all']);
+    const found: (Cidr | undefined)[] = [];
+    for (const { dst, dev, type } of routes)
+      if (dst !== 'default' && type !== 'multicast' && dev !== 'lo' && !(dev !== undefined && ours(dev)))
+        found.push(prefixOf(dst));
+    for (const [link, addresses] of await this.addresses())
+      if (link !== 'lo' && !ours(link)) found.push(...addresses.map(prefixOf));
+    return found.filter((prefix) => prefix !== undefined);
+  }
+
+  /** Identity of a file or namespace, `device:inode`; undefined when there is none. */
+  async identity(path: string): Promise<string | undefined> {
+    const result = await this.#runner.run(['stat', '-L', '-c', '%d:%i', path]);
+    return result.status === 0 ? result.stdout.trim() : undefined;
+  }
+
+  /** Kind of the directory entry itself, as `stat` says it (`regular file`, `symbolic link`, …). */
+  async kind(path: string): Promise<string | undefined> {
+    const result = await this.#runner.run(['stat', '-c', '%F', path]);
+    return result.status === 0 ? result.stdout.trim() : undefined;
+  }
+
+  /** Undefined when the kernel has no such switch. */
+  async sysctl(path: string): Promise<string | undefined> {
+    const result = await this.#runner.run(['cat', `/proc/sys/${path}`]);
+    return result.status === 0 ? result.stdout.trim() : undefined;
+  }
+
+  async succeeds(argv: readonly string[]): Promise<boolean> {
+    return (await this.#runner.run(argv)).status === 0;
+  }
+
+  async #json<Schema extends v.GenericSchema>(
+    schema: Schema,
+    argv: readonly string[],
+    netns?: string,
+  ): Promise<readonly v.InferOutput<Schema>[]> {
+    const result = await this.#runner.run([...enter(netns), ...argv]);
+    if (result.status !== 0)
+      throw new EdgewayError('host_command_failed', `${argv.join(' ')}: ${result.stderr.trim()}`);
+    let json: unknown;
+    try {
+      json = JSON.parse(result.stdout === '' ? '[]' : result.stdout);
+    } catch (cause) {
+      throw new EdgewayError('host_command_failed', `${argv.join(' ')}: did not answer in JSON`, { cause });
+    }
+    // iproute2 prints an empty object for a row that a filter left out.
+    const rows = Array.isArray(json) ? json.filter((row) => Object.keys(row as object).length > 0) : json;
+    const parsed = v.safeParse(v.array(schema), rows);
+    if (!parsed.success)
+      throw new EdgewayError(
+        'host_command_failed',
+        `${argv.join(' ')}: answers in a form that we cannot read: ${parsed.issues[0].message}`,
+      );
+    return parsed.output;
+  }
+}
+
+/** `10.0.0.0/8` or `10.0.0.1`; host bits of an address are cut away. */
+function prefixOf(text: string): Cidr | undefined {
+  const [address = '', length = '32'] = text.split('/');
+  const parsed = parseIpv4(address);
+  const bits = Number(length);
+  if (!parsed.ok || !Number.isInteger(bits)) return undefined;
+  return { base: ipv4(networkOf(parsed.value, bits)), bits };
+}

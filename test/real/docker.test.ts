@@ -1,0 +1,188 @@
+// A real Docker Engine with its default iptables rules inside the host namespace of host_lab.ts, and containers with
+// `--network none` that we attach.
+import { readFile } from 'node:fs/promises';
+import { createServer, type Server } from 'node:http';
+import { join } from 'node:path';
+import process from 'node:process';
+import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
+import type { Environment } from '../../edge/host/environment.ts';
+import { dockerEngine, targetsOf } from '../../edge/io/docker.ts';
+import type { Container } from '../../edge/ports.ts';
+import { type Dockerd, importBusybox, startDockerd } from '../../scripts/docker_lab.ts';
+import { EdgewayError } from '../../src/error.ts';
+import { address, GATEWAY, HostLab, MTU, reaches, SERVICES, SUBNET, within } from './host_lab.ts';
+
+const node = { subnet: SUBNET, services: SERVICES, mtu: MTU };
+
+async function codeOf(promise: Promise<unknown>): Promise<string> {
+  try {
+    await promise;
+    return 'ok';
+  } catch (error) {
+    return error instanceof EdgewayError ? `${error.code}: ${error.message}` : String(error);
+  }
+}
+
+const test = suite<{ lab: HostLab; dockerd: Dockerd; image: string }>('docker');
+test.before(async (context) => {
+  context.lab = await HostLab.up();
+  try {
+    context.dockerd = await startDockerd(context.lab.host, join(context.lab.dir, 'docker'));
+    context.image = await importBusybox(context.dockerd);
+  } catch (error) {
+    await context.lab.down();
+    throw error;
+  }
+});
+test.after(async ({ lab, dockerd }) => {
+  await dockerd.stop();
+  await lab.down();
+});
+
+const sleeper = (name: string) => ({ name, command: ['sleep', '1000'] });
+const attach = (environment: Environment, container: Container, ip: string) =>
+  environment.attach({
+    id: container.name,
+    target: { kind: 'pid', pid: container.pid },
+    namespaceIp: address(ip),
+    subnet: SUBNET,
+    mtu: MTU,
+    resolvConf: { nameserver: GATEWAY },
+    container,
+  });
+
+test('dockerEngine.inspect finds a container by name, id and prefix, and says what is wrong otherwise', async ({
+  dockerd,
+  image,
+}) => {
+  const id = await dockerd.run(image, sleeper('found'));
+  const engine = dockerEngine({ socketPath: dockerd.socket });
+  for (const key of ['found', id, id.slice(0, 12)]) {
+    const container = await engine.inspect(key);
+    assert.is(container.id, id);
+    assert.is(container.name, 'found');
+    assert.ok(container.pid > 1);
+    assert.is(
+      await readFile(container.resolvConfPath ?? '', 'utf8'),
+      await dockerd.docker('exec', 'found', 'cat', '/etc/resolv.conf').then((text) => `${text}\n`),
+    );
+  }
+  assert.match(await codeOf(engine.inspect('nosuch')), /^container_unknown: .*nosuch/);
+  assert.match(await codeOf(engine.inspect('../../images/json')), /^container_unknown/);
+  assert.match(await codeOf(engine.inspect('')), /^container_unknown/);
+  await dockerd.docker('stop', '-t', '0', 'found');
+  assert.match(await codeOf(engine.inspect('found')), /^container_not_running: container "found" is exited/);
+  await dockerd.docker('rm', 'found');
+  assert.match(
+    await codeOf(dockerEngine({ socketPath: '/nosuch' }).inspect('x')),
+    /^docker_unavailable: .*\/nosuch/,
+  );
+});
+
+test('DOCKER_HOST is honoured, and one that we cannot speak to is named', async ({ dockerd, image }) => {
+  const former = process.env['DOCKER_HOST'];
+  try {
+    const id = await dockerd.run(image, sleeper('hosted'));
+    process.env['DOCKER_HOST'] = `unix://${dockerd.socket}`;
+    assert.is((await dockerEngine().inspect('hosted')).id, id);
+    process.env['DOCKER_HOST'] = 'ssh://somewhere';
+    assert.match(await codeOf(dockerEngine().inspect('hosted')), /^docker_unavailable: DOCKER_HOST "ssh:/);
+    await dockerd.docker('rm', '-f', 'hosted');
+  } finally {
+    if (former === undefined) delete process.env['DOCKER_HOST'];
+    else process.env['DOCKER_HOST'] = former;
+  }
+  assert.equal(targetsOf('tcp://127.0.0.1:2376'), [{ host: '127.0.0.1', port: 2376 }]);
+  assert.equal(targetsOf('tcp://[::1]'), [{ host: '::1', port: 2375 }]);
+  assert.is(targetsOf(undefined).length, 2);
+});
+
+test('an engine that answers nonsense is unavailable, not a crash', async () => {
+  const answers: [number, string][] = [
+    [200, 'not json'],
+    [200, '{}'],
+    [200, '{"Id":"x","Name":5,"State":{}}'],
+    [500, '{"message":"broken"}'],
+    [200, '[]'],
+  ];
+  for (const [status, body] of answers) {
+    const server: Server = createServer((_request, response) => {
+      response.writeHead(status);
+      response.end(body);
+    });
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+    const { port } = server.address() as { port: number };
+    const former = process.env['DOCKER_HOST'];
+    process.env['DOCKER_HOST'] = `tcp://127.0.0.1:${port}`;
+    try {
+      assert.match(await codeOf(dockerEngine().inspect('x')), /^docker_unavailable/, body);
+    } finally {
+      if (former === undefined) delete process.env['DOCKER_HOST'];
+      else process.env['DOCKER_HOST'] = former;
+      await new Promise((resolve) => server.close(resolve));
+    }
+  }
+});
+
+test('attach serves a container beside Docker’s FORWARD DROP, before and after Docker restarts', async ({
+  lab,
+  dockerd,
+  image,
+}) => {
+  const policy = async () => (await within(lab.host).run(['iptables', '-S', 'FORWARD'])).stdout;
+  assert.match(await policy(), '-P FORWARD DROP');
+  const before = await policy();
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  await dockerd.run(image, { ...sleeper('box'), options: ['--restart', 'no'] });
+  const engine = dockerEngine({ socketPath: dockerd.socket });
+  const container = await engine.inspect('box');
+  const former = await readFile(container.resolvConfPath ?? '', 'utf8');
+  const attached = await attach(environment, container, '172.16.0.80');
+  assert.is(attached.interface, 'eth0');
+  const inside = (...command: readonly string[]) => dockerd.docker('exec', 'box', ...command);
+  assert.match(await inside('cat', '/etc/resolv.conf'), /^# edgeway.*\nnameserver 172\.16\.0\.65\n/);
+  await inside('ping', '-c', '1', '-W', '2', '172.16.0.65');
+  await inside('ping', '-c', '1', '-W', '2', '10.99.0.1');
+  // A container of Docker's own network still has its way out.
+  await dockerd.run(image, { ...sleeper('plain'), network: 'bridge' });
+  await dockerd.docker('exec', 'plain', 'ping', '-c', '1', '-W', '2', '10.99.0.1');
+  await environment.detach({ id: 'box' });
+  assert.is(await readFile(container.resolvConfPath ?? '', 'utf8'), former);
+
+  await dockerd.restart();
+  assert.match(await policy(), '-P FORWARD DROP');
+  await dockerd.docker('start', 'box');
+  await attach(environment, await engine.inspect('box'), '172.16.0.80');
+  await inside('ping', '-c', '1', '-W', '2', '10.99.0.1');
+  await dockerd.docker('rm', '-f', 'box', 'plain');
+  await environment.detach({ id: 'box' });
+  await environment.cleanNode();
+  assert.is(await policy(), before);
+  assert.not.match((await within(lab.host).run(['nft', 'list', 'ruleset'])).stdout, /edgeway|EW-/);
+});
+
+test('setupNode before Docker starts for the first time: our rules hold when its DROP arrives', async ({
+  lab,
+  dockerd,
+}) => {
+  const a = await lab.instance('first');
+  const environment = lab.environment();
+  await within(lab.host).run(['iptables', '-P', 'FORWARD', 'ACCEPT']);
+  await environment.setupNode(node);
+  await environment.attach({
+    id: 'first',
+    target: { kind: 'netns', name: a },
+    namespaceIp: address('172.16.0.81'),
+    subnet: SUBNET,
+    mtu: MTU,
+  });
+  assert.ok(await reaches(a, '10.99.0.1'), 'before');
+  await within(lab.host).run(['iptables', '-P', 'FORWARD', 'DROP']);
+  await dockerd.restart();
+  assert.ok(await reaches(a, '10.99.0.1'), 'after');
+  await environment.cleanNode();
+});
+
+test.run();

@@ -1,0 +1,330 @@
+// The environment manager against real namespaces; see host_lab.ts for the topology.
+import { type ChildProcess, spawn } from 'node:child_process';
+import { mkdir, readFile, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { setTimeout as pause } from 'node:timers/promises';
+import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
+import type { AttachRequest } from '../../edge/host/environment.ts';
+import { hostFiles } from '../../edge/io/files.ts';
+import { formatCidr } from '../../src/addr.ts';
+import { EdgewayError } from '../../src/error.ts';
+import {
+  address,
+  GATEWAY,
+  HostLab,
+  MTU,
+  must,
+  reaches,
+  Saboteur,
+  SERVICES,
+  SUBNET,
+  within,
+} from './host_lab.ts';
+
+const node = { subnet: SUBNET, services: SERVICES, mtu: MTU };
+const toNetns = (id: string, name: string, ip: string): AttachRequest => ({
+  id,
+  target: { kind: 'netns', name },
+  namespaceIp: address(ip),
+  subnet: SUBNET,
+  mtu: MTU,
+  resolvConf: { nameserver: GATEWAY },
+});
+
+async function codeOf(promise: Promise<unknown>): Promise<string> {
+  try {
+    await promise;
+    return 'ok';
+  } catch (error) {
+    return error instanceof EdgewayError ? `${error.code}: ${error.message}` : String(error);
+  }
+}
+
+/** As the packet loop leaves it: the device is the loop's, with the MTU that we would give it. */
+async function addTun(netns: string): Promise<void> {
+  await must('ip', '-n', netns, 'tuntap', 'add', 'edgeway-tun', 'mode', 'tun');
+  await must('ip', '-n', netns, 'link', 'set', 'edgeway-tun', 'mtu', String(MTU));
+}
+
+/** A process with namespaces of its own and a private resolv.conf; ready when it says so. */
+async function startProcess(dir: string, ownFile: boolean): Promise<ChildProcess> {
+  const file = join(dir, 'own-resolv.conf');
+  await writeFile(file, 'nameserver 192.0.2.1\n');
+  const bind = ownFile ? `mount --bind ${file} /etc/resolv.conf && ` : '';
+  const child = spawn('unshare', ['--net', '--mount', 'sh', '-c', `${bind}echo ready; exec sleep 300`], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  await new Promise((resolve) => child.stdout.once('data', resolve));
+  return child;
+}
+
+const test = suite<{ lab: HostLab }>('environment');
+test.before.each(async (context) => {
+  context.lab = await HostLab.up();
+});
+test.after.each(async ({ lab }) => {
+  await lab.down();
+});
+
+test('attach gives a namespace an address, the way out and one nameserver; detach and cleanNode leave nothing', async ({
+  lab,
+}) => {
+  const a = await lab.instance('a');
+  const before = await lab.snapshot(a);
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  const attached = await environment.attach(toNetns('shop.prod.cart.v1/1', a, '172.16.0.66'));
+  assert.is(attached.interface, 'eth0');
+  assert.is(attached.resolvConf, `/etc/netns/${a}/resolv.conf`);
+  assert.is(
+    await readFile(`/etc/netns/${a}/resolv.conf`, 'utf8'),
+    '# edgeway: instance shop.prod.cart.v1/1\nnameserver 172.16.0.65\noptions ndots:1\n',
+  );
+  assert.ok(await reaches(a, '172.16.0.65'), 'gateway');
+  assert.ok(await reaches(a, '10.99.0.1'), 'outside');
+  assert.ok(await reaches(lab.host, '172.16.0.66'), 'from the host');
+  const inner = await within(a).run(['ip', '-d', 'addr', 'show', 'eth0']);
+  assert.match(inner.stdout, `mtu ${MTU}`);
+  assert.not.match(inner.stdout, 'inet6');
+  await environment.detach({ id: 'shop.prod.cart.v1/1' });
+  await environment.detach({ id: 'shop.prod.cart.v1/1' });
+  await environment.cleanNode();
+  await environment.cleanNode();
+  assert.is(await lab.snapshot(a), before);
+});
+
+test('setupNode and attach repeated change nothing, and another process picks up from the state file', async ({
+  lab,
+}) => {
+  const a = await lab.instance('a');
+  const before = await lab.snapshot(a);
+  const first = lab.environment();
+  await first.setupNode(node);
+  const attached = await first.attach(toNetns('a', a, '172.16.0.66'));
+  const made = await lab.snapshot(a);
+  await first.setupNode(node);
+  assert.equal(await first.attach(toNetns('a', a, '172.16.0.66')), attached);
+  const second = lab.environment();
+  await second.setupNode(node);
+  assert.equal(await second.attach(toNetns('a', a, '172.16.0.66')), attached);
+  assert.is(await lab.snapshot(a), made);
+  assert.equal(await second.attachments(), [{ id: 'a', namespaceIp: address('172.16.0.66'), ...attached }]);
+  await must('ip', '-n', lab.host, 'link', 'del', attached.hostInterface);
+  await second.attach(toNetns('a', a, '172.16.0.66'));
+  assert.ok(await reaches(a, '172.16.0.65'), 'attached anew after somebody deleted the link');
+  await lab.environment().cleanNode();
+  assert.is(await lab.snapshot(a), before);
+});
+
+test('setupNode with another subnet moves the bridge', async ({ lab }) => {
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  await environment.setupNode({ ...node, subnet: { base: address('172.16.0.128'), bits: 26 } });
+  const shown = (await lab.runner.run(['ip', '-4', '-br', 'addr', 'show', 'edgeway0'])).stdout;
+  assert.match(shown, '172.16.0.129/26');
+  assert.not.match(shown, '172.16.0.65');
+});
+
+test('two instances meet neither on the bridge nor through its router, and reach of the host only DNS', async ({
+  lab,
+}) => {
+  const [a, b] = [await lab.instance('a'), await lab.instance('b')];
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  await environment.attach(toNetns('a', a, '172.16.0.66'));
+  await environment.attach(toNetns('b', b, '172.16.0.67'));
+  assert.not(await reaches(a, '172.16.0.67'), 'on the link');
+  await must('ip', '-n', a, 'route', 'add', '172.16.0.67', 'via', '172.16.0.65');
+  assert.not(await reaches(a, '172.16.0.67'), 'through the router');
+  assert.not(await reaches(a, '172.16.5.2'), 'the platform does not leak outside');
+  const server = spawn('nsenter', [
+    `--net=/run/netns/${lab.host}`,
+    '--',
+    'busybox',
+    'nc',
+    '-ll',
+    '-p',
+    '8080',
+    '-e',
+    'echo',
+    'hi',
+  ]);
+  try {
+    const ask = (netns: string, host: string, port: string) =>
+      within(netns).run(['busybox', 'timeout', '3', 'busybox', 'nc', '-w', '2', host, port]);
+    for (let tries = 0; tries < 100 && (await ask(lab.host, '10.99.0.2', '8080')).stdout !== 'hi\n'; tries++)
+      await pause(20);
+    assert.is((await ask(lab.outside, '10.99.0.2', '8080')).stdout, 'hi\n', 'the port is open to others');
+    for (const target of ['172.16.0.65', '10.99.0.2', '127.0.0.1'])
+      assert.not.match((await ask(a, target, '8080')).stdout, 'hi');
+    await must('ip', '-n', a, 'route', 'add', '127.0.0.2', 'via', '172.16.0.65');
+    assert.not.match((await ask(a, '127.0.0.2', '8080')).stdout, 'hi');
+  } finally {
+    server.kill('SIGKILL');
+  }
+});
+
+test('attach by pid writes the resolv.conf of that process alone and puts it back', async ({ lab }) => {
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  const before = await lab.snapshot();
+  const hostFile = await readFile('/etc/resolv.conf', 'utf8');
+  for (const own of [true, false]) {
+    const child = await startProcess(lab.dir, own);
+    const pid = child.pid ?? 0;
+    try {
+      const attached = await environment.attach({
+        ...toNetns('p', '', '172.16.0.70'),
+        target: { kind: 'pid', pid },
+      });
+      const inside = (
+        await must('nsenter', `--target=${pid}`, '--mount', '--', 'cat', '/etc/resolv.conf')
+      ).split('\n');
+      if (own) assert.is(inside[1], 'nameserver 172.16.0.65');
+      else assert.is(attached.resolvConf, undefined, "the host's own file is never written");
+      assert.is(await readFile('/etc/resolv.conf', 'utf8'), hostFile);
+      assert.is((await lab.runner.run(['busybox', 'ping', '-c', '1', '-W', '2', '172.16.0.70'])).status, 0);
+      await environment.detach({ id: 'p' });
+      assert.is(await readFile(join(lab.dir, 'own-resolv.conf'), 'utf8'), 'nameserver 192.0.2.1\n');
+      // And when the process is gone already:
+      await environment.attach({ ...toNetns('p', '', '172.16.0.70'), target: { kind: 'pid', pid } });
+    } finally {
+      child.kill('SIGKILL');
+      await new Promise((resolve) => child.once('exit', resolve));
+    }
+    await environment.detach({ id: 'p' });
+    assert.is(await lab.snapshot(), before);
+  }
+});
+
+test('attach refuses the host’s own namespace, what is not there, and nodes without a network', async ({
+  lab,
+}) => {
+  const environment = lab.environment();
+  assert.match(await codeOf(environment.attach(toNetns('a', 'nosuch', '172.16.0.66'))), /^not_registered/);
+  await environment.setupNode(node);
+  const before = await lab.snapshot();
+  assert.match(
+    await codeOf(environment.attach(toNetns('a', 'nosuch', '172.16.0.66'))),
+    /^namespace_unknown: .*"nosuch"/,
+  );
+  assert.match(await codeOf(environment.attach(toNetns('a', '../../x', '172.16.0.66'))), /^invalid_request/);
+  assert.match(
+    await codeOf(environment.attach(toNetns('a', lab.host, '172.16.0.66'))),
+    /^invalid_request: .*host's own/,
+  );
+  const pid = (value: number) =>
+    codeOf(environment.attach({ ...toNetns('a', '', '172.16.0.66'), target: { kind: 'pid', pid: value } }));
+  assert.match(await pid(2 ** 22 + 1), /^namespace_unknown: there is no process/);
+  assert.match(await pid(-1), /^invalid_request/);
+  const child = spawn('nsenter', [`--net=/run/netns/${lab.host}`, '--', 'sleep', '60']);
+  try {
+    const own = async (): Promise<string> => must('readlink', `/proc/${child.pid}/ns/net`);
+    const host = await within(lab.host).run(['readlink', '/proc/self/ns/net']);
+    for (let tries = 0; tries < 200 && (await own()) !== host.stdout; tries++) await pause(10);
+    assert.match(
+      await pid(child.pid ?? 0),
+      /^invalid_request: process \d+ lives in the host's own network namespace/,
+    );
+  } finally {
+    child.kill('SIGKILL');
+  }
+  assert.is(await lab.snapshot(), before);
+});
+
+test('detach and cleanNode succeed when link, namespace, bridge and rules are gone already', async ({
+  lab,
+}) => {
+  const [a, b] = [await lab.instance('a'), await lab.instance('b')];
+  const before = await lab.snapshot(b);
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  const one = await environment.attach(toNetns('a', a, '172.16.0.66'));
+  await must('ip', '-n', lab.host, 'link', 'del', one.hostInterface);
+  await environment.detach({ id: 'a' });
+  await environment.attach(toNetns('a', a, '172.16.0.66'));
+  await environment.attach(toNetns('b', b, '172.16.0.67'));
+  await must('ip', 'netns', 'del', a);
+  await environment.detach({ id: 'a' });
+  await must('ip', '-n', lab.host, 'link', 'del', 'edgeway0');
+  await lab.runner.run(['nft', 'flush', 'ruleset']);
+  await environment.cleanNode();
+  assert.is(await lab.snapshot(b), before);
+});
+
+test('a default route that is there already stays, and only the platform goes through us', async ({
+  lab,
+}) => {
+  const a = await lab.instance('a');
+  await must('ip', '-n', a, 'link', 'add', 'eth0', 'type', 'veth', 'peer', 'other');
+  await must('ip', '-n', a, 'addr', 'add', '192.0.2.2/24', 'dev', 'eth0');
+  await must('ip', '-n', a, 'link', 'set', 'eth0', 'up');
+  await must('ip', '-n', a, 'route', 'add', 'default', 'via', '192.0.2.1');
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  assert.is((await environment.attach(toNetns('a', a, '172.16.0.66'))).interface, 'eth1');
+  const routes = await must('ip', '-n', a, '-4', 'route');
+  assert.match(routes, 'default via 192.0.2.1 dev eth0');
+  assert.match(routes, '172.16.0.0/12 via 172.16.0.65 dev eth1');
+});
+
+test('attachTun routes the services to the device with the bridge as source, twice', async ({ lab }) => {
+  const before = await lab.snapshot();
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  await addTun(lab.host);
+  for (let times = 0; times < 2; times++)
+    await environment.attachTun({ tun: 'edgeway-tun', services: SERVICES });
+  const routes = await must('ip', '-n', lab.host, '-4', 'route');
+  assert.match(routes, /172\.30\.0\.0\/16 dev edgeway-tun scope link src 172\.16\.0\.65/);
+  assert.equal((await environment.hostRoutes()).map(formatCidr).toSorted(), [
+    '10.99.0.0/24',
+    '10.99.0.0/24',
+    '10.99.0.2/32',
+    '10.99.0.255/32',
+  ]);
+  await environment.cleanNode();
+  assert.is(await lab.snapshot(), before);
+});
+
+for (const crash of [false, true])
+  test(`${crash ? 'a crash' : 'a refusal'} at every command of setupNode, attachTun and attach leaves nothing`, async ({
+    lab,
+  }) => {
+    const a = await lab.instance('a');
+    await addTun(lab.host);
+    await mkdir(join(lab.dir, 'state'));
+    const before = await lab.snapshot(a);
+    const tun = { tun: 'edgeway-tun', services: SERVICES };
+    let at = 0;
+    for (let finished = false; !finished; ) {
+      at += 1;
+      assert.ok(at < 200, 'bounded');
+      const saboteur = new Saboteur(at, crash);
+      const environment = lab.environment({
+        runner: saboteur.runner(lab.runner),
+        files: saboteur.files(hostFiles),
+      });
+      const steps: [string, () => Promise<unknown>][] = [
+        ['setupNode', () => environment.setupNode(node)],
+        ['attachTun', () => environment.attachTun(tun)],
+        ['attach', () => environment.attach(toNetns('a', a, '172.16.0.66'))],
+      ];
+      finished = true;
+      for (const [name, act] of steps) {
+        const held = await lab.snapshot(a);
+        const outcome = await codeOf(act());
+        if (outcome === 'ok') continue;
+        finished = false;
+        if (!crash) assert.is(await lab.snapshot(a), held, `${name}, change ${at}: ${outcome}`);
+        break;
+      }
+      await lab.environment().cleanNode();
+      await addTun(lab.host);
+      assert.is(await lab.snapshot(a), before, `cleaned after change ${at}`);
+    }
+    assert.ok(at > 30, `only ${at} changes were tried`);
+  });
+
+test.run();

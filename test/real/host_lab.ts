@@ -1,0 +1,218 @@
+// A host, the world outside it and instances, all network namespaces; the environment manager runs against the host's.
+//
+//   …-o  10.99.0.1 ── veth ── 10.99.0.2  …-h (default route to .1)  edgeway0 172.16.0.65/26 ── …-a, …-b, processes
+//
+// …-o has no route to 172.16.0.0/12: an answer from it proves the masquerade.
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import process from 'node:process';
+import { Environment } from '../../edge/host/environment.ts';
+import { hostRunner } from '../../edge/io/exec.ts';
+import { hostFiles } from '../../edge/io/files.ts';
+import type { CommandResult, Files, Runner } from '../../edge/ports.ts';
+import { parseCidr, parseIpv4 } from '../../src/addr.ts';
+import { unwrap } from '../../src/error.ts';
+import type { Logger } from '../../src/log.ts';
+import { SILENT } from '../../src/log.ts';
+
+export const SUBNET = unwrap(parseCidr('172.16.0.64/26'));
+export const SERVICES = unwrap(parseCidr('172.30.0.0/16'));
+export const GATEWAY = unwrap(parseIpv4('172.16.0.65'));
+export const MTU = 1464;
+export const address = (text: string) => unwrap(parseIpv4(text));
+
+export async function must(...argv: readonly string[]): Promise<string> {
+  const result = await hostRunner.run(argv);
+  if (result.status !== 0) throw new Error(`${argv.join(' ')}: ${result.stderr.trim()}`);
+  return result.stdout;
+}
+
+/** Programs run inside a network namespace; files stay the machine's. */
+export function within(netns: string): Runner {
+  return {
+    run: (argv, stdin) => hostRunner.run(['nsenter', `--net=/run/netns/${netns}`, '--', ...argv], stdin),
+  };
+}
+
+export class HostLab {
+  readonly prefix = `ewD${process.pid}`;
+  readonly host = `${this.prefix}-h`;
+  readonly outside = `${this.prefix}-o`;
+  readonly dir: string;
+  readonly runner: Runner;
+  readonly #namespaces: string[] = [];
+
+  private constructor(dir: string) {
+    this.dir = dir;
+    this.runner = within(this.host);
+  }
+
+  static async up(): Promise<HostLab> {
+    const lab = new HostLab(await mkdtemp(join(tmpdir(), 'edgeway-host-')));
+    try {
+      await lab.netns(lab.outside);
+      await lab.netns(lab.host);
+      await must(
+        'ip',
+        '-n',
+        lab.host,
+        'link',
+        'add',
+        'up0',
+        'type',
+        'veth',
+        'peer',
+        'down0',
+        'netns',
+        lab.outside,
+      );
+      await must('ip', '-n', lab.host, 'addr', 'add', '10.99.0.2/24', 'dev', 'up0');
+      await must('ip', '-n', lab.host, 'link', 'set', 'up0', 'up');
+      await must('ip', '-n', lab.outside, 'addr', 'add', '10.99.0.1/24', 'dev', 'down0');
+      await must('ip', '-n', lab.outside, 'link', 'set', 'down0', 'up');
+      await must('ip', '-n', lab.host, 'route', 'add', 'default', 'via', '10.99.0.1');
+    } catch (error) {
+      await lab.down();
+      throw error;
+    }
+    return lab;
+  }
+
+  async netns(name: string): Promise<string> {
+    await must('ip', 'netns', 'add', name);
+    this.#namespaces.push(name);
+    await must('ip', '-n', name, 'link', 'set', 'lo', 'up');
+    return name;
+  }
+
+  /** A namespace for an instance. */
+  instance(label: string): Promise<string> {
+    return this.netns(`${this.prefix}-${label}`);
+  }
+
+  environment(parts: { runner?: Runner; files?: Files; log?: Logger; stateDir?: string } = {}): Environment {
+    return new Environment({
+      runner: parts.runner ?? this.runner,
+      files: parts.files ?? hostFiles,
+      log: parts.log ?? SILENT,
+      names: { bridge: 'edgeway0', tun: 'edgeway-tun' },
+      stateDir: parts.stateDir ?? join(this.dir, 'state'),
+    });
+  }
+
+  /** Everything that could leak: links, addresses, routes, rules, switches of the host, and of a namespace. */
+  async snapshot(...namespaces: readonly string[]): Promise<string> {
+    const parts: string[] = [];
+    for (const name of [this.host, ...namespaces])
+      for (const argv of [
+        ['ip', '-o', 'link'],
+        ['ip', '-4', '-o', 'addr'],
+        ['ip', '-4', 'route', 'show', 'table', 'all'],
+        ['nft', 'list', 'table', 'inet', 'edgeway'],
+        ['nft', 'list', 'table', 'ip', 'filter'],
+        ['nft', 'list', 'tables'],
+        ['cat', '/proc/sys/net/ipv4/ip_forward'],
+      ])
+        parts.push(`${name}: ${argv.join(' ')}`, settled((await within(name).run(argv)).stdout));
+    parts.push((await hostRunner.run(['find', '/etc/netns', '-path', `*${this.prefix}*`])).stdout);
+    parts.push((await hostRunner.run(['find', join(this.dir, 'state')])).stdout.replace(/^.*\/state\n/, ''));
+    return parts.join('\n');
+  }
+
+  async down(): Promise<void> {
+    for (const name of this.#namespaces.splice(0).toReversed()) {
+      await hostRunner.run(['ip', 'netns', 'del', name]);
+      await rm(`/etc/netns/${name}`, { recursive: true, force: true });
+    }
+    await rm(this.dir, { recursive: true, force: true });
+  }
+}
+
+/** Without what changes by itself: carrier, queue, hardware addresses, counters, the order of tables. */
+function settled(text: string): string {
+  const plain = text
+    .replace(/ (?:state [A-Z]+|linkdown|(?:link\/ether|qdisc|link-netns) \S+)/g, '')
+    .replace(/<[^>]*>/g, (flags) => (/\bUP\b/.test(flags) ? '<UP>' : '<>'))
+    .replace(/@if\d+/g, '')
+    .replace(/^\d+: /gm, '')
+    .replace(/packets \d+ bytes \d+/g, '')
+    .replace(/valid_lft.*$/gm, '')
+    .replace(/(?<=\S) +$/gm, '');
+  return plain.startsWith('table ') && !plain.includes('{') ? plain.split('\n').toSorted().join('\n') : plain;
+}
+
+/** One echo request, answered within two seconds. */
+export async function reaches(netns: string, target: string): Promise<boolean> {
+  const result = await within(netns).run(['busybox', 'ping', '-c', '1', '-W', '2', target]);
+  return result.status === 0;
+}
+
+/** Fails or crashes at the nth thing that changes the host; counts them all. */
+export class Saboteur {
+  changes = 0;
+  #failAt: number;
+  readonly #crash: boolean;
+  #dead = false;
+  constructor(failAt: number, crash: boolean) {
+    this.#failAt = failAt;
+    this.#crash = crash;
+  }
+
+  runner(real: Runner): Runner {
+    return {
+      run: async (argv, stdin): Promise<CommandResult> => {
+        if (this.#dead) throw new Error('the process is dead');
+        if (!changes(argv)) return await real.run(argv, stdin);
+        if (argv.includes('-batch') && stdin !== undefined) {
+          const lines = stdin.trimEnd().split('\n');
+          const at = lines.findIndex(() => this.#strikes());
+          if (at < 0) return await real.run(argv, stdin);
+          const cut = [...lines.slice(0, at), 'link set edgeway-nosuch up'];
+          const result = await real.run(argv, `${cut.join('\n')}\n`);
+          this.#die();
+          return result;
+        }
+        if (!this.#strikes()) return await real.run(argv, stdin);
+        this.#die();
+        return { status: 1, stdout: '', stderr: 'sabotaged' };
+      },
+    };
+  }
+
+  files(real: Files): Files {
+    const guard =
+      <Args extends unknown[]>(act: (...args: Args) => Promise<void>) =>
+      async (...args: Args): Promise<void> => {
+        if (this.#dead) throw new Error('the process is dead');
+        if (this.#strikes()) {
+          this.#die();
+          throw new Error('sabotaged');
+        }
+        await act(...args);
+      };
+    return {
+      read: (path) => real.read(path),
+      write: guard(real.write),
+      writeInPlace: guard(real.writeInPlace),
+      remove: guard(real.remove),
+    };
+  }
+
+  #strikes(): boolean {
+    this.changes += 1;
+    return this.changes === this.#failAt;
+  }
+
+  #die(): void {
+    if (!this.#crash) return;
+    this.#dead = true;
+    throw new Error('the process dies here');
+  }
+}
+
+/** Commands that only look are never sabotaged: their failure changes nothing. */
+function changes(argv: readonly string[]): boolean {
+  const text = argv.filter((word) => word !== '--' && !word.startsWith('--net=')).join(' ');
+  return !/^(?:nsenter )?(?:ip -j|stat|cat|iptables -w 10 -[CS]|nft (?:-j )?list)/.test(text);
+}
