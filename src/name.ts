@@ -27,7 +27,7 @@ export type Name =
 
 export const LABEL_LENGTH_MAX = 63; // RFC 1035 §2.3.4
 export const TOP_LABEL = 'local';
-const FIXED = 'fixed';
+export const FIXED_LABEL = 'fixed';
 const ANY = 'any';
 const PART_NAMES = ['appname', 'appns', 'servicename', 'servicens'] as const;
 /** Instance numbers are printed without leading zeros and stay far below any platform's size (15,360 × 61). */
@@ -61,7 +61,7 @@ export function parseServiceId(text: string): Result<ServiceId> {
     if (error) return { ok: false, error };
   }
   // 4 × 63 + the longest ".instance.policy.local" would pass the 253 octets that a name may have (RFC 1035 §2.3.4).
-  const longest = `${lower}.${INSTANCE_NUMBER_MAX}.${FIXED}.${TOP_LABEL}`.length;
+  const longest = `${lower}.${INSTANCE_NUMBER_MAX}.${FIXED_LABEL}.${TOP_LABEL}`.length;
   const worst = Math.max(longest, `${lower}.${ANY}.roundrobin.${TOP_LABEL}`.length);
   if (worst > 253)
     return fail(
@@ -100,24 +100,24 @@ export function parseName(text: string): Result<Name> {
     return fail('invalid_name', `"${text}" ends in "${top}", a name ends in "${TOP_LABEL}"`);
   const service = parseServiceId(labels.slice(0, 4).join('.'));
   if (!service.ok) return service;
-  if (policy === FIXED) {
+  if (policy === FIXED_LABEL) {
     const number = parseInstanceNumber(instance);
     if (number === undefined)
       return fail(
         'invalid_name',
-        `"${text}": instance "${instance}" must be 1…${INSTANCE_NUMBER_MAX} with policy "${FIXED}"`,
+        `"${text}": instance "${instance}" must be 1…${INSTANCE_NUMBER_MAX} with policy "${FIXED_LABEL}"`,
       );
     return ok({ service: service.value, instance: number });
   }
   if (!isPolicy(policy))
     return fail(
       'invalid_name',
-      `"${text}": policy "${policy}" must be one of ${POLICIES.join(', ')}, ${FIXED}`,
+      `"${text}": policy "${policy}" must be one of ${POLICIES.join(', ')}, ${FIXED_LABEL}`,
     );
   if (instance !== ANY)
     return fail(
       'invalid_name',
-      `"${text}": instance "${instance}" must be "${ANY}" with policy "${policy}"; a number goes with "${FIXED}"`,
+      `"${text}": instance "${instance}" must be "${ANY}" with policy "${policy}"; a number goes with "${FIXED_LABEL}"`,
     );
   return ok({ service: service.value, policy });
 }
@@ -125,12 +125,12 @@ export function parseName(text: string): Result<Name> {
 export function formatName(name: Name): string {
   return 'policy' in name
     ? `${name.service}.${ANY}.${name.policy}.${TOP_LABEL}`
-    : `${name.service}.${name.instance}.${FIXED}.${TOP_LABEL}`;
+    : `${name.service}.${name.instance}.${FIXED_LABEL}.${TOP_LABEL}`;
 }
 
 /** True when the last two labels make the name ours to answer (`….closest.local`), whether or not the rest parses. */
 export function isOurSuffix(text: string): boolean {
   const labels = text.toLowerCase().replace(/\.$/, '').split('.');
   const policy = labels.at(-2);
-  return labels.at(-1) === TOP_LABEL && policy !== undefined && (isPolicy(policy) || policy === FIXED);
+  return labels.at(-1) === TOP_LABEL && policy !== undefined && (isPolicy(policy) || policy === FIXED_LABEL);
 }

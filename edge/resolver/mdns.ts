@@ -18,6 +18,7 @@ import {
 import { formatName, parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
 import { POLICIES } from '../../src/policy.ts';
+import { Rng } from '../../src/rng.ts';
 import type { NameTable } from '../routes/table.ts';
 import { answer, type LocalRecord } from './resolver.ts';
 
@@ -97,14 +98,14 @@ export class MdnsResponder {
   /** Records waiting to be announced, by when. */
   #announcements: { readonly dueMs: number; readonly ours: Ours }[] = [];
   #burstAtMs = 0;
-  #random: number;
+  readonly #rng: Rng;
   #unicastLeft = MDNS_UNICAST_PER_S_MAX;
   #unicastSinceMs = 0;
 
   constructor(options: MdnsOptions) {
     this.#table = options.table;
     this.#planOption = options.plan === undefined ? {} : { plan: options.plan };
-    this.#random = options.seed >>> 0 || 1;
+    this.#rng = new Rng(options.seed);
   }
 
   /** Next message to send; drain until undefined after every input. */
@@ -329,13 +330,7 @@ export class MdnsResponder {
 
   /** 400–500 ms. */
   #longWait(): number {
-    // xorshift32 (Marsaglia 2003): spread, not secrecy.
-    let x = this.#random;
-    x ^= x << 13;
-    x ^= x >>> 17;
-    x ^= x << 5;
-    this.#random = x >>> 0;
-    return KNOWN_MORE_MS + (this.#random % 101);
+    return KNOWN_MORE_MS + this.#rng.below(101);
   }
 
   #multicast(records: readonly Ours[], additionals: readonly Ours[], nowMs: number): void {

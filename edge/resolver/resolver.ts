@@ -7,6 +7,7 @@ import { contains, formatIpv4, type Ipv4, ipv4 } from '../../src/addr.ts';
 import { DNS_INSTANCE_TTL_S, DNS_NEGATIVE_TTL_S, DNS_TTL_S } from '../../src/limits.ts';
 import type { Instance, Service } from '../../src/model.ts';
 import {
+  FIXED_LABEL,
   formatName,
   isOurSuffix,
   type Name,
@@ -74,7 +75,6 @@ export interface ResolverOptions {
 
 const NO_RECORDS: readonly LocalRecord[] = [];
 const REVERSE_SUFFIX = '.in-addr.arpa';
-const FIXED = 'fixed';
 
 /** Decides one question of class IN. */
 export function answer(question: Question, table: NameTable, options: ResolverOptions = {}): Decision {
@@ -162,7 +162,7 @@ function mayHaveNamesBelow(labels: readonly string[]): boolean {
   const policy = labels.at(-2);
   const instance = labels.at(-3);
   if (instance !== undefined) {
-    const fits = policy === FIXED ? parseInstanceNumber(instance) !== undefined : instance === 'any';
+    const fits = policy === FIXED_LABEL ? parseInstanceNumber(instance) !== undefined : instance === 'any';
     if (!fits) return false;
   }
   return labels.slice(0, -3).every((label) => /^[a-z0-9]([a-z0-9-]*[a-z0-9])?$/.test(label));

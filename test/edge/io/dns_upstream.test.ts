@@ -1,0 +1,249 @@
+// The forwarder against real sockets on loopback that behave well, badly and maliciously.
+import { createSocket, type RemoteInfo, type Socket } from 'node:dgram';
+import { createServer, type Server } from 'node:net';
+import { decode, encode } from 'dns-packet';
+import { test } from 'uvu';
+import * as assert from 'uvu/assert';
+import { createForwarder, type Forwarder, frame, parseUpstream } from '../../../edge/io/dns_upstream.ts';
+import { adoptAnswer, parseQuery, type Query } from '../../../edge/resolver/message.ts';
+import { SILENT } from '../../../src/log.ts';
+
+const clock = { monotonicMs: () => performance.now(), wallMs: () => Date.now() };
+
+function query(name: string, id = 1): Query {
+  const parsed = parseQuery(
+    encode({ type: 'query', id, flags: 0x0100, questions: [{ type: 'A', name, class: 'IN' }] }),
+  );
+  if (!('query' in parsed)) throw new Error('not a query');
+  return parsed.query;
+}
+
+interface Fake {
+  readonly port: number;
+  asked: number;
+  tcpAsked: number;
+  close(): void;
+}
+type Behave = (message: Buffer, reply: (bytes: Buffer) => void, from: RemoteInfo) => void;
+
+/** An upstream on 127.0.0.1, UDP and TCP on one port. */
+async function fake(behave: Behave, behaveTcp?: (message: Buffer) => Buffer): Promise<Fake> {
+  const udp: Socket = createSocket('udp4');
+  await new Promise<void>((resolve) => udp.bind(0, '127.0.0.1', resolve));
+  const { port } = udp.address();
+  const tcp: Server = createServer((socket) => {
+    socket.on('error', () => {});
+    socket.once('data', (data: Buffer) => {
+      self.tcpAsked++;
+      if (behaveTcp !== undefined) socket.end(frame(behaveTcp(data.subarray(2))));
+    });
+  });
+  await new Promise<void>((resolve) => tcp.listen(port, '127.0.0.1', resolve));
+  const self: Fake = {
+    port,
+    asked: 0,
+    tcpAsked: 0,
+    close() {
+      udp.close();
+      tcp.close();
+    },
+  };
+  udp.on('message', (message, from) => {
+    self.asked++;
+    behave(message, (bytes) => udp.send(bytes, from.port, from.address), from);
+  });
+  return self;
+}
+
+function answerTo(
+  message: Buffer,
+  address = '192.0.2.7',
+  more: { flags?: number; ttl?: number; id?: number; name?: string } = {},
+): Buffer {
+  const asked = decode(message);
+  const question = asked.questions![0]!;
+  return encode({
+    type: 'response',
+    id: more.id ?? asked.id!,
+    flags: 0x0180 | (more.flags ?? 0),
+    questions: [{ ...question, name: more.name ?? question.name }],
+    answers:
+      more.flags === undefined
+        ? [{ type: 'A', name: question.name, ttl: more.ttl ?? 300, data: address }]
+        : [],
+  });
+}
+
+async function withForwarder(
+  fakes: readonly Fake[],
+  body: (forwarder: Forwarder) => Promise<void>,
+  servers?: readonly string[],
+): Promise<void> {
+  const forwarder = createForwarder({
+    upstreams: () => servers ?? fakes.map(({ port }) => `127.0.0.1:${port}`),
+    log: SILENT,
+    clock,
+  });
+  try {
+    await body(forwarder);
+  } finally {
+    forwarder.stop();
+    for (const each of fakes) each.close();
+  }
+}
+
+async function addressOf(forwarder: Forwarder, asked: Query): Promise<string | undefined> {
+  const got = await forwarder.resolve(asked);
+  if (got === undefined) return undefined;
+  const message = decode(adoptAnswer(got.message, asked, got.ttlOffsets, got.ageS, 1232));
+  const record = message.answers![0];
+  return record?.type === 'A' ? record.data : `rcode ${(message as { rcode?: string }).rcode}`;
+}
+
+test('createForwarder answers from upstream once and then from memory, with the spelling of each asker', async () => {
+  const good = await fake((message, reply) => reply(answerTo(message)));
+  await withForwarder([good], async (forwarder) => {
+    assert.is(await addressOf(forwarder, query('Example.org')), '192.0.2.7');
+    const second = query('eXAMPLE.org', 777);
+    const got = (await forwarder.resolve(second))!;
+    const own = decode(adoptAnswer(got.message, second, got.ttlOffsets, 12, 1232));
+    assert.is(own.id, 777);
+    assert.is(own.questions![0]!.name, 'eXAMPLE.org');
+    assert.is((own.answers![0] as { ttl: number }).ttl, 288);
+    assert.is(good.asked, 1);
+    assert.is(forwarder.counters['upstream_cached'], 1);
+  });
+});
+
+test('createForwarder lets askers of one question share one exchange', async () => {
+  const slow = await fake((message, reply) => setTimeout(() => reply(answerTo(message)), 50));
+  await withForwarder([slow], async (forwarder) => {
+    const all = await Promise.all(
+      Array.from({ length: 50 }, (_, i) => addressOf(forwarder, query('one.example', i))),
+    );
+    assert.equal(new Set(all), new Set(['192.0.2.7']));
+    assert.is(slow.asked, 1);
+  });
+});
+
+test('createForwarder takes only the answer that matches address, id and question', async () => {
+  const other = createSocket('udp4');
+  await new Promise<void>((resolve) => other.bind(0, '127.0.0.1', resolve));
+  const liar = await fake((message, reply, from) => {
+    const id = decode(message).id!;
+    const evil = '203.0.113.66';
+    // From another port, and from the right one with a wrong id, a wrong question, cut, and as a query.
+    other.send(answerTo(message, evil), from.port, from.address);
+    reply(answerTo(message, evil, { id: (id + 1) & 0xffff }));
+    reply(answerTo(message, evil, { name: 'victim.exampl2' }));
+    reply(answerTo(message, evil).subarray(0, 30));
+    const echoed = Buffer.from(answerTo(message, evil));
+    echoed[2] = echoed[2]! & 0x7f;
+    reply(echoed);
+    reply(Buffer.alloc(0));
+    setTimeout(() => reply(answerTo(message)), 60);
+  });
+  try {
+    await withForwarder([liar], async (forwarder) => {
+      assert.is(await addressOf(forwarder, query('victim.example')), '192.0.2.7');
+      assert.ok(forwarder.counters['upstream_mismatch']! >= 5);
+    });
+  } finally {
+    other.close();
+  }
+});
+
+test('createForwarder asks each question from a port and an id of its own', async () => {
+  const ports = new Set<number>();
+  const ids = new Set<number>();
+  const good = await fake((message, reply, from) => {
+    ports.add(from.port);
+    ids.add(decode(message).id!);
+    reply(answerTo(message));
+  });
+  await withForwarder([good], async (forwarder) => {
+    for (let i = 0; i < 40; i++) await forwarder.resolve(query(`n${i}.example`));
+    assert.ok(ports.size > 20, `${ports.size} ports`);
+    assert.ok(ids.size > 35, `${ids.size} ids`);
+  });
+});
+
+test('createForwarder goes to the next server when one is silent or fails, and remembers which', async () => {
+  const silent = await fake(() => {});
+  const failing = await fake((message, reply) => reply(answerTo(message, '', { flags: 2 })));
+  const good = await fake((message, reply) => reply(answerTo(message)));
+  await withForwarder([silent, failing, good], async (forwarder) => {
+    assert.is(await addressOf(forwarder, query('first.example')), '192.0.2.7');
+    assert.is(silent.asked, 1);
+    assert.is(await addressOf(forwarder, query('second.example')), '192.0.2.7');
+    assert.is(silent.asked, 1, 'the silent one is asked last now');
+  });
+});
+
+test('createForwarder gives the failure of the last server when none does better', async () => {
+  const failing = await fake((message, reply) => reply(answerTo(message, '', { flags: 2 })));
+  await withForwarder([failing], async (forwarder) => {
+    assert.is(await addressOf(forwarder, query('first.example')), 'rcode SERVFAIL');
+  });
+});
+
+test('createForwarder resolves to undefined without servers, with unreadable ones, and when all are silent', async () => {
+  await withForwarder([], async (forwarder) => {
+    assert.is(await forwarder.resolve(query('a.example')), undefined);
+  });
+  await withForwarder(
+    [],
+    async (forwarder) => {
+      assert.is(await forwarder.resolve(query('a.example')), undefined);
+      assert.is(forwarder.counters['upstream_unreadable_server'], 2);
+    },
+    ['dns.example', '300.1.1.1'],
+  );
+  const silent = await fake(() => {});
+  await withForwarder([silent], async (forwarder) => {
+    const waiting = forwarder.resolve(query('a.example'));
+    assert.is(await waiting, undefined);
+    assert.is(silent.asked, 4);
+  });
+});
+
+test('createForwarder repeats a cut answer over TCP', async () => {
+  const cut = await fake(
+    (message, reply) => reply(answerTo(message, '', { flags: 0x0200 })),
+    (message) => answerTo(message, '192.0.2.9'),
+  );
+  await withForwarder([cut], async (forwarder) => {
+    assert.is(await addressOf(forwarder, query('long.example')), '192.0.2.9');
+    assert.is(cut.tcpAsked, 1);
+  });
+});
+
+test('createForwarder does not remember TTL 0, failures or cut answers', async () => {
+  const zero = await fake((message, reply) => reply(answerTo(message, '192.0.2.1', { ttl: 0 })));
+  await withForwarder([zero], async (forwarder) => {
+    await forwarder.resolve(query('zero.example'));
+    await forwarder.resolve(query('zero.example'));
+    assert.is(zero.asked, 2);
+  });
+});
+
+test('createForwarder gives up open questions on stop', async () => {
+  const silent = await fake(() => {});
+  await withForwarder([silent], async (forwarder) => {
+    const waiting = forwarder.resolve(query('a.example'));
+    forwarder.stop();
+    assert.is(await waiting, undefined);
+  });
+});
+
+test('parseUpstream reads addresses with and without a port, and nothing else', () => {
+  assert.equal(parseUpstream('192.0.2.1'), { address: '192.0.2.1', port: 53, family: 4 });
+  assert.equal(parseUpstream('192.0.2.1:5300'), { address: '192.0.2.1', port: 5300, family: 4 });
+  assert.equal(parseUpstream('2001:db8::1'), { address: '2001:db8::1', port: 53, family: 6 });
+  assert.equal(parseUpstream('[2001:db8::1]:5300'), { address: '2001:db8::1', port: 5300, family: 6 });
+  assert.equal(parseUpstream('fe80::1%eth0'), { address: 'fe80::1%eth0', port: 53, family: 6 });
+  for (const bad of ['', 'dns.example', '192.0.2.1:0', '192.0.2.1:70000', '1.2.3', '[::1'])
+    assert.is(parseUpstream(bad), undefined, bad);
+});
+
+test.run();
