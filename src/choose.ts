@@ -28,24 +28,33 @@ export interface Candidate {
 
 /** Two RTTs within this are a tie, and ties are spread. */
 export const TIE_MS = 1;
-/** A challenger must be better by this share and by TIE_MS to take over at once … */
-export const HYSTERESIS = 0.2;
+/** A challenger must be better by this share and by TIE_MS to take over at once … The promise is 20 %: the rest is for
+ *  the error of what is measured. */
+export const HYSTERESIS = 0.15;
 /** … or by TIE_MS alone for this long. */
 export const SETTLE_MS = 5_000;
 /** An RTT that only coordinates know counts for more than it says: their error is about this on bad truths. */
 const ESTIMATE_SLACK = 1.5;
 /** Mean time that an idle instance works on one request: the scale on which load competes with RTT. */
 export const SERVICE_TIME_MS = 5;
+/** No load beyond this makes a difference. */
+const LOAD_WORST = 1_000;
 /** Load that stands for "has not said". */
 const LOAD_UNKNOWN = 0.5;
-/** Share of a cost twice as high is 2^-4 = 6 %. Higher: sharper, and nearer to oscillation. */
-const SHARPNESS = 4;
-/** Weights below this are nothing: a far instance gets no stray flows. */
-const WEIGHT_MIN = 0.02;
-/** A weight falls fast and rises slowly (additive increase, multiplicative decrease: Chiu and Jain 1989), so that
- *  many nodes that see the same load do not swing together. Time constants of the exponential approach. */
-const FALL_MS = 500;
-const RISE_MS = 8_000;
+/** Load that all of a client's flows make on an instance at least: what spreads ties, about 1 ms wide at low load. */
+const FLOW_LOAD_MIN = 0.2;
+/** One correction of the shares, then time for its effect to be seen: loads are measured over a second and probed
+ *  every second. Correcting sooner answers the past and swings. */
+const ROUND_MS = 1_500;
+/** Share of the way to the computed shares that one round goes. */
+const STEP = 0.6;
+/** An overloaded instance gets less than computed, by this factor at most: its load may not come from our flows. */
+const OVERLOAD_CUT = 2;
+/** An instance that was overloaded gets flows back by this factor a round, not at once. */
+const RETURN_FACTOR = 1.3;
+const RETURN_MS = 30_000;
+/** Shares below this are nothing: a far instance gets no stray flows. */
+const SHARE_MIN = 0.01;
 
 /**
  * How much longer a request takes on a node of this load than on an idle one. Load is demand per core: below 1 the
@@ -57,10 +66,15 @@ export function slowdown(load: number): number {
   return load <= 0.9 ? 1 / (1 - Math.max(load, 0)) : 10 + (load - 0.9) * 100;
 }
 
+/** Inverse of slowdown. */
+function loadOf(slow: number): number {
+  return slow <= 10 ? 1 - 1 / slow : 0.9 + (slow - 10) / 100;
+}
+
 /** Expected time of one request, ms: one round trip and the work. What `fastest` minimises. */
 export function costMs(candidate: Candidate): number {
   const rtt = candidate.local ? 0 : (candidate.rttMs ?? Number.POSITIVE_INFINITY);
-  return rtt + SERVICE_TIME_MS * slowdown(candidate.load ?? LOAD_UNKNOWN);
+  return rtt + SERVICE_TIME_MS * slowdown(Math.min(candidate.load ?? LOAD_UNKNOWN, LOAD_WORST));
 }
 
 /** Per policy one weight per candidate, in the candidates' order, and a sentence for people. */
@@ -88,7 +102,8 @@ export class Weigher {
   /** Since when somebody has been better than the anchor, by more than a tie. */
   #challengedSince: number | undefined;
   readonly #fast = new Map<number, number>();
-  #fastAt: number | undefined;
+  #fastAt = Number.NEGATIVE_INFINITY;
+  readonly #overloadedAt = new Map<number, number>();
   /** Times that closest changed its anchor although it could have stayed; for the counters. */
   switches = 0;
 
@@ -110,10 +125,7 @@ export class Weigher {
       why: {
         roundrobin: pool.length === 0 ? none : `${pool.length} in turn${note}`,
         closest: pool.length === 0 ? none : `${closest.why}${note}`,
-        fastest:
-          pool.length === 0
-            ? none
-            : `in proportion to (RTT + ${SERVICE_TIME_MS} ms × slow-down)^-${SHARPNESS}${note}`,
+        fastest: pool.length === 0 ? none : `least RTT + ${SERVICE_TIME_MS} ms × slow-down by load${note}`,
       },
     };
   }
@@ -159,28 +171,71 @@ export class Weigher {
     this.#challengedSince = undefined;
   }
 
+  /** Shares per instance; see equalise(). Between two rounds they stand, only the set of instances may change. */
   #fastest(pool: readonly Candidate[], nowMs: number): ReadonlyMap<number, number> {
-    const elapsed = this.#fastAt === undefined ? Number.POSITIVE_INFINITY : nowMs - this.#fastAt;
-    this.#fastAt = nowMs;
-    const costs = pool.map((c) => costMs(c));
-    const least = Math.min(...costs);
-    const known = new Set(pool.map((c) => c.instance));
-    for (const instance of this.#fast.keys()) if (!known.has(instance)) this.#fast.delete(instance);
+    const same = pool.length === this.#fast.size && pool.every((c) => this.#fast.has(c.instance));
+    if (same && nowMs - this.#fastAt < ROUND_MS) return this.#fast;
+    const before = pool.map((c) => this.#fast.get(c.instance) ?? 0);
+    const held = before.reduce((a, b) => a + b, 0);
+    const old = before.map((share) => (held > 0 ? share / held : 0));
+    const target = equalise(pool, old);
+    const step = held > 0 && same ? STEP : 1;
+    for (const instance of [...this.#overloadedAt.keys()])
+      if (!pool.some((c) => c.instance === instance)) this.#overloadedAt.delete(instance);
+    const next = pool.map((c, i) => {
+      const load = c.load ?? LOAD_UNKNOWN;
+      let share = old[i]! + (target[i]! - old[i]!) * step;
+      if (load > 1) {
+        this.#overloadedAt.set(c.instance, nowMs);
+        share = Math.min(target[i]!, old[i]!) / Math.min(load, OVERLOAD_CUT);
+      } else if (nowMs - (this.#overloadedAt.get(c.instance) ?? Number.NEGATIVE_INFINITY) < RETURN_MS)
+        share = Math.min(share, old[i]! * RETURN_FACTOR + SHARE_MIN);
+      return share;
+    });
+    const sum = next.reduce((a, b) => a + b, 0);
+    this.#fast.clear();
     for (const [i, c] of pool.entries()) {
-      const cost = costs[i]!;
-      const target = Number.isFinite(least) ? (cost === least ? 1 : (least / cost) ** SHARPNESS) : 1;
-      const held = this.#fast.get(c.instance) ?? target;
-      const constant = target < held ? FALL_MS : RISE_MS;
-      this.#fast.set(c.instance, target + (held - target) * Math.exp(-elapsed / constant));
+      const share = sum > 0 ? next[i]! / sum : 1 / pool.length;
+      this.#fast.set(c.instance, share < SHARE_MIN ? 0 : share);
     }
-    const highest = Math.max(0, ...this.#fast.values());
-    const result = new Map<number, number>();
-    for (const [instance, weight] of this.#fast) {
-      const share = highest > 0 ? weight / highest : 1;
-      result.set(instance, share < WEIGHT_MIN ? 0 : share);
-    }
-    return result;
+    this.#fastAt = nowMs;
+    return this.#fast;
   }
+}
+
+/**
+ * The shares at which no flow would be faster elsewhere (Wardrop 1952, first principle): every instance that is used
+ * costs the same, every other more. Load is taken to follow the flows: an instance's load is what this client's
+ * share made of it, as if all clients did as this one does; that errs on the side of small corrections.
+ */
+function equalise(pool: readonly Candidate[], shares: readonly number[]): number[] {
+  const loads = pool.map((c) => Math.min(c.load ?? LOAD_UNKNOWN, LOAD_WORST));
+  const busy = pool.map((_, i) => i).filter((i) => shares[i]! > 0.1);
+  const mean = busy.length === 0 ? 0 : busy.reduce((sum, i) => sum + loads[i]! / shares[i]!, 0) / busy.length;
+  const perShare = pool.map((_, i) =>
+    Math.max(FLOW_LOAD_MIN, shares[i]! > 0.1 ? loads[i]! / shares[i]! : mean),
+  );
+  const base = pool.map((_, i) => Math.max(0, loads[i]! - perShare[i]! * shares[i]!));
+  const rtt = pool.map((c) => (c.local ? 0 : (c.rttMs ?? Number.POSITIVE_INFINITY)));
+  if (!rtt.some(Number.isFinite)) return pool.map(() => 1 / pool.length);
+  /** The share at which the instance costs `level`; 0 when it costs more already. */
+  const at = (i: number, level: number): number => {
+    const slow = (level - rtt[i]!) / SERVICE_TIME_MS;
+    if (!(slow > 1)) return 0;
+    return Math.max(0, (loadOf(slow) - base[i]!) / perShare[i]!);
+  };
+  let low = 0;
+  let high = Math.max(...rtt.filter(Number.isFinite)) + SERVICE_TIME_MS * slowdown(LOAD_WORST);
+  for (let k = 0; k < 50; k++) {
+    const level = (low + high) / 2;
+    let sum = 0;
+    for (let i = 0; i < pool.length; i++) sum += at(i, level);
+    if (sum < 1) low = level;
+    else high = level;
+  }
+  const result = pool.map((_, i) => at(i, high));
+  const sum = result.reduce((a, b) => a + b, 0);
+  return result.map((share) => share / sum);
 }
 
 /**

@@ -148,7 +148,7 @@ test('Weigher: closest prefers this node whatever the others measure', () => {
   assert.equal(members(new Weigher().weigh(candidates, 0).weights.closest, candidates), [2, 3]);
 });
 
-test('Weigher: closest changes at once for 20 % and 1 ms, for 1 ms alone only after it lasts', () => {
+test('Weigher: closest changes at once for 15 % and 1 ms, for 1 ms alone only after it lasts', () => {
   const weigher = new Weigher();
   const pick = (rtts: readonly number[], now: number): number[] => {
     const candidates = rtts.map((rtt, i) => at(i + 1, rtt));
@@ -185,7 +185,7 @@ test('Weigher: without any RTT closest and fastest spread over all', () => {
   const candidates = [at(1), at(2), at(3)];
   const { weights } = new Weigher().weigh(candidates, 0);
   assert.equal(weights.closest, [1, 1, 1]);
-  assert.equal(weights.fastest, [1, 1, 1]);
+  assert.equal(shares(weights.fastest), [1 / 3, 1 / 3, 1 / 3]);
 });
 
 test('slowdown is that of processor sharing, continuous and rising through overload', () => {
@@ -217,11 +217,47 @@ test('Weigher: fastest takes 80 % of the flows from an overloaded instance withi
   assert.ok(share < 0.2, String(share));
 });
 
-test('Weigher: the first weighing after a pause and an instance that is new are at their target at once', () => {
+test('Weigher: fastest gives an instance that is new and cheaper its share at once, and takes all from one that goes', () => {
   const weigher = new Weigher();
-  weigher.weigh([at(1, 10, { load: 0.2 })], 0);
-  const { weights } = weigher.weigh([at(1, 10, { load: 0.2 }), at(2, 10, { load: 0.2 })], 100);
-  assert.equal(weights.fastest, [1, 1]);
+  weigher.weigh([at(1, 10, { load: 0.6 })], 0);
+  const both = [at(1, 10, { load: 0.6 }), at(2, 10, { load: 0.1 })];
+  assert.ok(shares(weigher.weigh(both, 100).weights.fastest)[1]! > 0.3);
+  assert.equal(shares(weigher.weigh(both.slice(1), 200).weights.fastest), [1]);
+});
+
+test('Weigher: fastest spreads equal instances evenly, and stays put when nothing changes', () => {
+  const weigher = new Weigher();
+  const equal = [1, 2, 3, 4].map((n) => at(n, 20, { load: 0.3 }));
+  for (let t = 0; t < 60; t++)
+    for (const share of shares(weigher.weigh(equal, t * 1000).weights.fastest))
+      assert.ok(Math.abs(share - 0.25) < 1e-6);
+});
+
+test('Weigher: fastest never gives a weight that is not a number, whatever loads and RTTs say (20,000 random pools)', () => {
+  const rng = new Rng(5);
+  const weigher = new Weigher();
+  for (let k = 0; k < 20_000; k++) {
+    const pool = Array.from({ length: rng.below(6) }, (_, i) =>
+      at(i + 1, rng.unit() < 0.2 ? undefined : rng.unit() * 10 ** rng.below(5), {
+        local: rng.unit() < 0.1,
+        confirmed: rng.unit() < 0.5,
+        health: (['up', 'suspect', 'down'] as const)[rng.below(3)]!,
+        ...(rng.unit() < 0.3 ? {} : { load: rng.unit() * 10 ** (rng.below(8) - 1) }),
+      }),
+    );
+    const { weights } = weigher.weigh(pool, k * 700);
+    const may = pool.some((c) => c.health !== 'down');
+    for (const list of Object.values(weights)) {
+      assert.ok(list.every((w) => w >= 0 && w <= 1));
+      assert.is(
+        list.some((w) => w > 0),
+        may,
+        JSON.stringify(pool),
+      );
+    }
+    for (const list of Object.values(weights))
+      for (const [i, w] of list.entries()) if (pool[i]!.health === 'down') assert.is(w, 0);
+  }
 });
 
 test.run();
