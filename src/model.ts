@@ -29,6 +29,17 @@ export interface Node {
   readonly epoch: number;
 }
 
+export type Protocol = 'tcp' | 'udp';
+
+/** A way in from outside: the node's port and the instance's that it reaches. */
+export interface PortMapping {
+  /** Port on every node. */
+  readonly source: number;
+  /** Port in the instance. */
+  readonly destination: number;
+  readonly protocol: Protocol;
+}
+
 /** Service descriptor of the seed documents, with their spelling. */
 export interface Descriptor {
   readonly appname: string;
@@ -38,8 +49,19 @@ export interface Descriptor {
   readonly exposed: boolean;
   /** Services that instances of this one may talk to; undefined = not declared. */
   readonly needs?: readonly ServiceId[];
-  readonly ports: readonly number[];
+  /** A number is a port that the service listens on; a mapping is published on the nodes too if it is `exposed`. */
+  readonly ports: readonly (number | PortMapping)[];
   readonly statefull: boolean;
+}
+
+/** The ports that the service itself listens on, each once. */
+export function portNumbers(ports: Descriptor['ports']): readonly number[] {
+  return [...new Set(ports.map((port) => (typeof port === 'number' ? port : port.destination)))];
+}
+
+/** What the nodes publish for it: nothing unless the descriptor says `exposed`. */
+export function publishedPorts(descriptor: Descriptor): readonly PortMapping[] {
+  return descriptor.exposed ? descriptor.ports.filter((port) => typeof port !== 'number') : [];
 }
 
 export interface Service {

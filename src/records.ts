@@ -39,6 +39,27 @@ export const ipv4Schema = parsed(parseIpv4);
 export const cidrSchema = parsed(parseCidr);
 export const serviceIdSchema = parsed(parseServiceId);
 export const portSchema = v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(65_535));
+/** A port in the descriptor: a number, or a mapping from the node's port; tcp unless it says udp. */
+const descriptorPortSchema = v.union(
+  [
+    portSchema,
+    v.object({
+      source: portSchema,
+      destination: portSchema,
+      protocol: v.optional(v.picklist(['tcp', 'udp']), 'tcp'),
+    }),
+  ],
+  'a port is a number from 1 to 65535, or {source, destination, protocol: tcp or udp}',
+);
+const descriptorPortsSchema = v.pipe(
+  v.array(descriptorPortSchema),
+  v.check((ports) => {
+    const sources = ports.flatMap((port) =>
+      typeof port === 'number' ? [] : [`${port.protocol}/${port.source}`],
+    );
+    return new Set(sources).size === sources.length;
+  }, 'two mappings have the same source and protocol'),
+);
 const portOrNoneSchema = v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65_535));
 export const instanceNumberSchema = v.pipe(
   v.number(),
@@ -69,7 +90,7 @@ export const descriptorSchema = v.object({
   servicenamespace: v.string(),
   exposed: v.optional(v.boolean(), false),
   needs: v.optional(v.array(parsed(parseNeed))),
-  ports: v.optional(v.array(portSchema), []),
+  ports: v.optional(descriptorPortsSchema, []),
   statefull: v.optional(v.boolean(), false),
 });
 

@@ -121,7 +121,12 @@ export const instanceAnswer = v.object({
 export const serviceAnswer = v.object({
   service: v.string(),
   needs: v.optional(v.array(v.string())),
-  ports: v.array(v.number()),
+  ports: v.array(
+    v.union([
+      v.number(),
+      v.object({ source: v.number(), destination: v.number(), protocol: v.picklist(['tcp', 'udp']) }),
+    ]),
+  ),
   exposed: v.boolean(),
   statefull: v.boolean(),
   addresses: v.record(v.string(), v.string()),

@@ -5,7 +5,7 @@
 //   ours: NAME.{roundrobin,closest,fastest,fixed}.local   A, SRV · reverse of the address plan   PTR · else: forward
 import { contains, formatIpv4, type Ipv4, ipv4 } from '../../src/addr.ts';
 import { DNS_INSTANCE_TTL_S, DNS_NEGATIVE_TTL_S, DNS_TTL_S } from '../../src/limits.ts';
-import type { Instance, Service } from '../../src/model.ts';
+import { type Instance, portNumbers, type Service } from '../../src/model.ts';
 import {
   FIXED_LABEL,
   formatName,
@@ -131,11 +131,11 @@ function lookUp(name: Name, table: NameTable): Found | undefined {
   if ('policy' in name) {
     const address = service?.addresses[name.policy];
     if (service === undefined || address === undefined) return undefined;
-    return { address, ports: service.descriptor.ports, ttl: DNS_TTL_S };
+    return { address, ports: portNumbers(service.descriptor.ports), ttl: DNS_TTL_S };
   }
   const instance = table.instance(name.service, name.instance);
   if (instance === undefined) return undefined;
-  const ports = instance.ports.length > 0 ? instance.ports : (service?.descriptor.ports ?? []);
+  const ports = instance.ports.length > 0 ? instance.ports : portNumbers(service?.descriptor.ports ?? []);
   return { address: instance.instanceIp, ports, ttl: DNS_INSTANCE_TTL_S };
 }
 
