@@ -2,11 +2,11 @@
 // that counts all of it.
 //   ./scripts/test [--runtime node|deno] [FILTER ...]       with a filter only the tests that match
 import { spawnSync } from 'node:child_process';
-import { join } from 'node:path';
 import process from 'node:process';
+import { fileURLToPath } from 'node:url';
 import { runTests } from './test.ts';
 
-const root = join(import.meta.dirname, '..');
+const root = fileURLToPath(new URL('..', import.meta.url));
 const deno = process.env['DENO'] ?? 'deno';
 
 /** Checks that are programs of their own; each counts as one test. */
@@ -17,7 +17,7 @@ const CHECKS: readonly { readonly name: string; readonly argv: readonly string[]
   },
   {
     name: 'types (deno check, the Deno side)',
-    argv: [deno, 'check', '--quiet', 'edge/main.ts', 'scripts/demo.ts', 'test'],
+    argv: [deno, 'check', '--quiet', 'edge/main.ts', 'scripts/demo.ts', 'scripts/check.ts'],
   },
   {
     name: 'lint and format (biome)',

@@ -22,6 +22,8 @@ export interface ContainerOptions {
 export interface Dockerd {
   /** Path of its socket; DOCKER_HOST is `unix://` and this. */
   readonly socket: string;
+  /** Process id of the engine that runs now; 0 when none does. */
+  readonly pid: number;
   /** Runs `docker -H … ARGS`; rejects when it fails. */
   docker(...args: readonly string[]): Promise<string>;
   /** Starts a container in the background; its id. */
@@ -87,6 +89,9 @@ export async function startDockerd(netns: string | undefined, dir: string): Prom
 
   const dockerd: Dockerd = {
     socket,
+    get pid() {
+      return engine?.pid ?? 0;
+    },
     docker,
     run: (image, { name, network = 'none', command, options = [] }) =>
       docker('run', '-d', '--name', name, '--network', network, ...options, image, ...command),

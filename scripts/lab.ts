@@ -7,13 +7,26 @@
 //
 // Nothing is made outside namespaces and one directory of its own. Every name and process id is written to the
 // lab's ledger before it is used, so that `down` (also of another process, also after kill -9) removes exactly these.
+//   scripts/run scripts/lab.ts up [--lab NAME] [--nodes N] [--runtime node|deno] | down [--lab NAME] | list
 import { type ChildProcess, spawn } from 'node:child_process';
-import { closeSync, existsSync, mkdirSync, openSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { request } from 'node:http';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import process from 'node:process';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+import { type Dockerd, startDockerd } from './docker_lab.ts';
 
-const root = join(import.meta.dirname, '..');
+const root = fileURLToPath(new URL('..', import.meta.url));
 const LEDGERS = '/run/edgeway-lab';
 const UNDERLAY = '10.77.0';
 const ETCD_HOST = 254;
@@ -39,6 +52,8 @@ interface Ledger {
   readonly dir: string;
   readonly namespaces: string[];
   readonly processes: LedgerProcess[];
+  /** Sockets of Docker Engines: their containers go first, or the engine's shims would outlive it. */
+  readonly engines: string[];
   /** Files and directories outside `dir`. */
   readonly files: string[];
 }
@@ -198,7 +213,7 @@ export class Lab {
     this.switch = `${this.lab}-net`;
     this.#agentFlags = options.agentFlags ?? [];
     this.#progress = options.progress ?? (() => {});
-    this.#ledger = { lab: this.lab, dir: this.dir, namespaces: [], processes: [], files: [] };
+    this.#ledger = { lab: this.lab, dir: this.dir, namespaces: [], processes: [], engines: [], files: [] };
   }
 
   /** Builds hosts and etcd; agents are started by startAgent. On failure nothing is left. */
@@ -389,14 +404,14 @@ export class Lab {
     return [node, '--disable-warning=ExperimentalWarning', 'edge/main.ts', ...args];
   }
 
-  /** Starts the agent of a host and waits until its API answers. */
-  async startAgent(index: number, flags: readonly string[] = []): Promise<LabNode> {
+  /** Starts the agent of a host and waits until its API answers. `etcd` empty: the agent starts its own. */
+  async startAgent(index: number, flags: readonly string[] = [], etcd: string = this.etcd): Promise<LabNode> {
     const node = this.node(index);
     node.agent = this.spawn(
       node.netns,
       this.command(
         'agent',
-        ...['--node', node.name, '--node-ip', node.ip, '--etcd', this.etcd],
+        ...['--node', node.name, '--node-ip', node.ip, ...(etcd === '' ? [] : ['--etcd', etcd])],
         ...['--api', `unix:${node.apiSocket}`, '--data-dir', join(this.dir, node.name)],
         ...this.#agentFlags,
         ...flags,
@@ -443,6 +458,21 @@ export class Lab {
     return netns;
   }
 
+  /** Where the lab's Docker Engine listens, once there is one; agents may be told before. */
+  static dockerSocket(lab: string): string {
+    return join('/tmp', `edgeway-lab-${lab}`, 'docker', 'docker.sock');
+  }
+
+  /** A Docker Engine on a host, with its default bridge and rules. One per lab. */
+  async startDocker(index: number): Promise<Dockerd> {
+    const socket = Lab.dockerSocket(this.lab);
+    this.#ledger.engines.push(socket);
+    this.#save();
+    const dockerd = await startDockerd(this.node(index).netns, dirname(socket));
+    this.adopt(dockerd.pid, 'dockerd');
+    return dockerd;
+  }
+
   /** Runs a program in a namespace to its end. */
   exec(
     netns: string,
@@ -456,8 +486,9 @@ export class Lab {
   async end(child: ChildProcess, signal: NodeJS.Signals = 'SIGTERM', timeoutMs = 15_000): Promise<void> {
     if (child.exitCode !== null || child.signalCode !== null) return;
     const closed = new Promise<void>((resolve) => child.once('exit', () => resolve()));
-    child.kill(signal);
-    const limit = setTimeout(() => child.kill('SIGKILL'), timeoutMs);
+    // Not child.kill: on Deno that makes the child look killed, however it then ends.
+    process.kill(child.pid!, signal);
+    const limit = setTimeout(() => process.kill(child.pid!, 'SIGKILL'), timeoutMs);
     await closed;
     clearTimeout(limit);
   }
@@ -501,6 +532,12 @@ async function removeAll(ledger: Ledger): Promise<void> {
       return undefined; // one ended while it was read: look again
     }
   };
+  for (const socket of ledger.engines)
+    if (existsSync(socket)) {
+      const { stdout } = await run(['docker', '-H', `unix://${socket}`, 'ps', '-aq']);
+      const ids = stdout.split('\n').filter((id) => id !== '');
+      if (ids.length > 0) await run(['docker', '-H', `unix://${socket}`, 'rm', '-f', ...ids]);
+    }
   signal('SIGTERM');
   await until('processes end', 8_000, gone).catch(() => signal('SIGKILL'));
   await until('processes end', 5_000, gone);
@@ -510,3 +547,54 @@ async function removeAll(ledger: Ledger): Promise<void> {
   rmSync(ledger.dir, { recursive: true, force: true });
   rmSync(Lab.ledgerOf(ledger.lab), { force: true });
 }
+
+/** `scripts/run scripts/lab.ts up|down|list`: a laboratory to play with. */
+async function main(): Promise<void> {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: {
+      lab: { type: 'string', default: 'ewlab' },
+      nodes: { type: 'string', default: '3' },
+      runtime: { type: 'string', default: 'node' },
+      flag: { type: 'string', multiple: true, default: [] },
+    },
+  });
+  const [verb] = positionals;
+  if (verb === 'list') {
+    for (const file of existsSync(LEDGERS) ? readdirSync(LEDGERS) : [])
+      console.log(file.replace(/\.json$/, ''));
+    return;
+  }
+  if (verb === 'down') {
+    console.log(
+      (await Lab.sweep(values.lab)) ? `lab ${values.lab} is gone` : `there is no lab ${values.lab}`,
+    );
+    return;
+  }
+  if (verb !== 'up' || (values.runtime !== 'node' && values.runtime !== 'deno')) {
+    console.error(
+      'lab.ts up [--lab NAME] [--nodes N] [--runtime node|deno] [--flag=AGENT_FLAG …] | down [--lab NAME] | list',
+    );
+    process.exitCode = 2;
+    return;
+  }
+  const lab = await Lab.up({
+    lab: values.lab,
+    nodes: Number(values.nodes),
+    runtime: values.runtime,
+    agentFlags: values.flag,
+    progress: (line) => console.log(line),
+  });
+  try {
+    await lab.startAll();
+  } catch (thrown) {
+    await lab.down();
+    throw thrown;
+  }
+  for (const node of lab.nodes)
+    console.log(`${node.name}  ip netns exec ${node.netns} …  --api unix:${node.apiSocket}  ${node.log}`);
+  console.log(`etcd  ip netns exec ${lab.switch} etcdctl get --prefix /edgeway/v1/`);
+  process.exit(0); // its processes live on
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) await main();

@@ -107,6 +107,8 @@ export const MDNS_UNICAST_PER_S_MAX = 1_000;
 
 /** REST bodies: a descriptor with 1,000 `needs` of 253 octets is about 256 KiB. */
 export const BODY_BYTES_MAX = 256 * 1024;
+/** Changes that wait for one slow reader of `/api/v1/watch`: a whole platform's worth of instances on one node, 61, many times over. */
+export const WATCH_QUEUE_MAX = 4_096;
 /** How long deploy waits for its own write to come back through the watch. */
 export const READ_YOUR_WRITES_MS = 5_000;
 

@@ -4,10 +4,11 @@
 //   /api/v1/…                                   ours, described by /api/v1/openapi.json
 import { Hono } from 'hono';
 import { bodyLimit } from 'hono/body-limit';
+import { streamSSE } from 'hono/streaming';
 import { describeRoute, openAPIRouteHandler, resolver, validator } from 'hono-openapi';
 import * as v from 'valibot';
 import { EdgewayError, toEdgewayError, unwrap } from '../../src/error.ts';
-import { BODY_BYTES_MAX } from '../../src/limits.ts';
+import { BODY_BYTES_MAX, WATCH_QUEUE_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { parseInstanceNumber, parseServiceId, type ServiceId } from '../../src/name.ts';
 import type { ParsedDescriptor } from '../../src/records.ts';
@@ -44,6 +45,16 @@ export interface Listing<Item> {
   readonly problems: Problem[];
 }
 
+/** A line of `GET /api/v1/watch`: what is now known of a service or a node; null when it is gone. */
+export type Change =
+  | {
+      readonly kind: 'service';
+      readonly name: string;
+      readonly service: ServiceView | null;
+      readonly instances: InstanceView[];
+    }
+  | { readonly kind: 'node'; readonly name: string; readonly node: NodeView | null };
+
 /** What the API asks of the node. Every method rejects with an EdgewayError. */
 export interface NodeControl {
   /** `subnetwork` as the caller wrote it; undefined = any free subnet. */
@@ -58,6 +69,8 @@ export interface NodeControl {
   instances(): Listing<InstanceView>;
   resolve(name: string): Answer<typeof resolveAnswer>;
   status(): Answer<typeof statusAnswer>;
+  /** Told of every change of the routing table from now on; the answer ends it. */
+  watch(listener: (change: Change) => void): () => void;
   counters(): Readonly<Record<string, number>>;
 }
 
@@ -246,6 +259,36 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       responses: { 200: json(v.record(v.string(), v.number()), 'counter → value') },
     }),
     (c) => c.json(node.counters()),
+  );
+  api.get(
+    '/watch',
+    describeRoute({
+      summary: 'Changes of services, instances and nodes as server-sent events, one JSON object each.',
+      responses: { 200: { description: 'an endless text/event-stream' } },
+    }),
+    (c) =>
+      streamSSE(c, async (stream) => {
+        const changes: Change[] = [];
+        let wake = (): void => {};
+        const end = node.watch((change) => {
+          // A reader that cannot keep up is let go: it comes again and lists.
+          if (changes.push(change) > WATCH_QUEUE_MAX) stream.abort();
+          wake();
+        });
+        stream.onAbort(() => {
+          end();
+          wake();
+        });
+        await stream.writeSSE({ event: 'ready', data: '{}' });
+        while (!stream.aborted) {
+          const change = changes.shift();
+          if (change === undefined)
+            await new Promise<void>((resolve) => {
+              wake = resolve;
+            });
+          else await stream.writeSSE({ event: change.kind, data: JSON.stringify(change) });
+        }
+      }),
   );
   app.route('/api/v1', api);
 

@@ -17,13 +17,9 @@ export class ApiClient {
   /** The answer's body; rejects with the agent's own error. */
   call<T>(method: string, path: string, body?: unknown): Promise<T> {
     const text = body === undefined ? undefined : JSON.stringify(body);
-    const where =
-      this.#address.kind === 'unix'
-        ? { socketPath: this.#address.path, headers: { host: 'localhost' } }
-        : { host: this.#address.host, port: this.#address.port };
     return new Promise((resolve, reject) => {
       const call = request({
-        ...where,
+        ...this.#where(),
         method,
         path,
         headers: {
@@ -38,19 +34,7 @@ export class ApiClient {
           new EdgewayError('timeout', `the agent at ${this.#text} gave no answer in ${TIMEOUT_MS / 1000} s`),
         ),
       );
-      call.on('error', (cause) =>
-        reject(
-          cause instanceof EdgewayError
-            ? cause
-            : new EdgewayError(
-                'not_found',
-                `no agent answers at ${this.#text}: ${cause.message}. Start one with: edgeway agent`,
-                {
-                  cause,
-                },
-              ),
-        ),
-      );
+      call.on('error', (cause) => reject(this.#unreachable(cause)));
       call.on('response', (response) => {
         const chunks: Buffer[] = [];
         response.on('data', (chunk: Buffer) => chunks.push(chunk));
@@ -64,6 +48,40 @@ export class ApiClient {
       });
       call.end(text);
     });
+  }
+
+  /** Server-sent events of a stream that does not end by itself; resolves when the agent ends it. */
+  events(path: string, take: (event: string, data: string) => void): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const call = request({ ...this.#where(), method: 'GET', path, headers: { host: 'localhost' } });
+      call.on('error', (cause) => reject(this.#unreachable(cause)));
+      call.on('response', (response) => {
+        let rest = '';
+        response.on('data', (chunk: Buffer) => {
+          const blocks = (rest + chunk.toString()).split('\n\n');
+          rest = blocks.pop() ?? '';
+          for (const block of blocks) {
+            const field = (name: string): string =>
+              new RegExp(`^${name}: ?(.*)$`, 'm').exec(block)?.[1] ?? '';
+            take(field('event'), field('data'));
+          }
+        });
+        response.on('end', () => resolve());
+      });
+      call.end();
+    });
+  }
+
+  #where() {
+    return this.#address.kind === 'unix'
+      ? { socketPath: this.#address.path }
+      : { host: this.#address.host, port: this.#address.port };
+  }
+
+  #unreachable(cause: Error): EdgewayError {
+    if (cause instanceof EdgewayError) return cause;
+    const message = `no agent answers at ${this.#text}: ${cause.message}. Start one with: edgeway agent`;
+    return new EdgewayError('not_found', message, { cause });
   }
 }
 

@@ -5,7 +5,7 @@ import { text as readStream } from 'node:stream/consumers';
 import { type ArgsDef, defineCommand } from 'citty';
 import { EdgewayError } from '../../src/error.ts';
 import { API_PORT_DEFAULT } from '../../src/limits.ts';
-import type { InstanceView, Listing, NodeView, Problem, ServiceView } from '../api/app.ts';
+import type { Change, InstanceView, Listing, NodeView, Problem, ServiceView } from '../api/app.ts';
 import { environmentName } from '../config.ts';
 import { ApiClient } from './client.ts';
 import { guarded, print, printJson, type Row, table } from './print.ts';
@@ -243,5 +243,63 @@ export const statusCommand = defineCommand({
             Object.entries(status).map(([field, value]) => [field, String(value ?? '-')]),
           ),
         );
+    }),
+});
+
+export const watchCommand = defineCommand({
+  meta: { name: 'watch', description: 'services, instances and nodes as they change; ends with Ctrl-C' },
+  args: common,
+  run: ({ args }) =>
+    guarded(async () => {
+      const asJson = wantsJson(args.output);
+      await new ApiClient(args.api).events('/api/v1/watch', (event, data) => {
+        if (event === 'ready') return;
+        if (asJson) print(data);
+        else print(describeChange(JSON.parse(data) as Change));
+      });
+    }),
+});
+
+function describeChange(change: Change): string {
+  if (change.kind === 'node')
+    return change.node === null
+      ? `node ${change.name} is gone`
+      : `node ${change.name} at ${change.node.nodeIp}:${change.node.ewp} with ${change.node.subnet}`;
+  const instances = change.instances.map((one) => `${one.instance}@${one.node}`).join(' ') || 'none';
+  return `service ${change.name}${change.service === null ? ' is gone' : ''}, instances: ${instances}`;
+}
+
+export const describeCommand = defineCommand({
+  meta: { name: 'describe', description: 'a service with its names, addresses, instances and problems' },
+  args: {
+    ...common,
+    service: { type: 'positional', description: 'appname.appns.servicename.servicens', required: true },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      const client = new ApiClient(args.api);
+      const services = await client.call<Listing<ServiceView>>('GET', '/api/v1/services');
+      const instances = await client.call<Listing<InstanceView>>('GET', '/api/v1/instances');
+      const service = services.items.find((one) => one.service === args.service);
+      const own = instances.items.filter((one) => one.service === args.service);
+      const problems = [...services.problems, ...instances.problems].filter((one) =>
+        one.key.includes(args.service),
+      );
+      if (service === undefined && own.length + problems.length === 0)
+        throw new EdgewayError('not_found', `no service "${args.service}"`);
+      if (wantsJson(args.output)) return printJson({ service: service ?? null, instances: own, problems });
+      if (service !== undefined) {
+        const names = Object.entries(service.addresses).map(
+          ([policy, address]): Row => [`${service.service}.any.${policy}.local`, address],
+        );
+        const fixed = own.map((one): Row => [`${one.service}.${one.instance}.fixed.local`, one.instanceIp]);
+        print(table(['NAME', 'ADDRESS'], [...names, ...fixed]));
+        print(`\nneeds: ${service.needs === undefined ? 'any' : service.needs.join(', ') || 'none'}`);
+        print(
+          `ports: ${service.ports.map((port) => (typeof port === 'number' ? port : JSON.stringify(port))).join(', ') || 'none declared'}\n`,
+        );
+      }
+      print(table(INSTANCE_HEADER, own.map(instanceRow)));
+      printProblems(problems);
     }),
 });

@@ -6,10 +6,9 @@
 import type { Buffer } from 'node:buffer';
 import { randomInt } from 'node:crypto';
 import type { RemoteInfo, Socket } from 'node:dgram';
-import { networkInterfaces } from 'node:os';
 import { type DecodedPacket, encode, type Packet } from 'dns-packet';
 import createMdns from 'mdns-server';
-import { type Cidr, contains, formatIpv4, type Ipv4, networkOf, parseIpv4 } from '../../src/addr.ts';
+import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError, toEdgewayError } from '../../src/error.ts';
 import type { Logger } from '../../src/log.ts';
 import { LABEL_LENGTH_MAX, parseName, type ServiceId } from '../../src/name.ts';
@@ -27,6 +26,9 @@ export interface MdnsServerOptions {
   /** Interface to serve, by name; it must carry `address`. */
   readonly interface: string;
   readonly address: Ipv4;
+  /** The link's prefix: who asks from elsewhere is off-link (RFC 6762 §11). Not asked of the runtime, which hides
+   *  interfaces without carrier, such as a bridge before its first instance. */
+  readonly subnet: Cidr;
   readonly table: NameTable;
   /** As for the unicast server; a promise makes the question be looked at again when it is fulfilled. */
   readonly onLookup?: (service: ServiceId) => void | Promise<void>;
@@ -56,8 +58,7 @@ interface MdnsEmitter {
 
 /** Rejects with address_taken or host_unsupported; nothing stays open then. */
 export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer> {
-  const { table, log, clock, onLookup, needsOf, plan } = options;
-  const subnet = subnetOf(options.interface, options.address);
+  const { table, log, clock, onLookup, needsOf, plan, subnet } = options;
   const address = formatIpv4(options.address);
   const counters = {
     mdns_malformed: 0,
@@ -177,19 +178,6 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
       return ended;
     },
   };
-}
-
-/** The prefix of the interface that carries the address. */
-function subnetOf(name: string, address: Ipv4): Cidr {
-  const text = formatIpv4(address);
-  const own = networkInterfaces()[name]?.find((entry) => entry.family === 'IPv4' && entry.address === text);
-  const bits = Number(own?.cidr?.split('/')[1]);
-  if (own === undefined || !Number.isInteger(bits))
-    throw new EdgewayError(
-      'host_unsupported',
-      `cannot serve multicast DNS: interface ${name} does not carry ${text}`,
-    );
-  return { base: networkOf(address, bits), bits };
 }
 
 /** dns-packet writes an over-long label as a broken message without complaint. */

@@ -20,6 +20,7 @@ const say = (message: object): void => {
 const table = world();
 const asked = new Map<ServiceId, number>();
 const clock = { monotonicMs: () => performance.now(), wallMs: () => Date.now() };
+const subnet = { base: ip('172.16.0.64'), bits: 26 };
 const common = {
   address: ip('172.16.0.65'),
   table,
@@ -37,7 +38,7 @@ const common = {
 
 try {
   const dns = await startDnsServer({ ...common, upstreams: () => options.upstreams ?? [] });
-  const mdns = options.mdns === false ? undefined : await startMdns({ ...common, interface: 'br0' });
+  const mdns = options.mdns === false ? undefined : await startMdns({ ...common, interface: 'br0', subnet });
   mdns?.changed([CART]);
   say({ ready: true });
   for await (const line of createInterface({ input: process.stdin })) {

@@ -2,7 +2,13 @@
 import fc from 'fast-check';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { createApp, type InstanceView, type NodeControl, type ServiceView } from '../../../edge/api/app.ts';
+import {
+  type Change,
+  createApp,
+  type InstanceView,
+  type NodeControl,
+  type ServiceView,
+} from '../../../edge/api/app.ts';
 import { STATUS } from '../../../edge/api/status.ts';
 import { EdgewayError, ERROR_CODES } from '../../../src/error.ts';
 import { SILENT } from '../../../src/log.ts';
@@ -66,6 +72,7 @@ function setUp(overrides: Partial<NodeControl> = {}) {
       version: '0',
     }),
     counters: () => ({ forwarded: 3 }),
+    watch: () => () => {},
     ...overrides,
   };
   const app = createApp(node, SILENT, '0');
@@ -81,7 +88,7 @@ function setUp(overrides: Partial<NodeControl> = {}) {
     });
     return { status: response.status, body: JSON.parse(await response.text()) };
   };
-  return { asked, call };
+  return { app, asked, call };
 }
 
 const DEPLOY = {
@@ -238,6 +245,29 @@ test('what is not an EdgewayError becomes internal, 500', async () => {
     status: 500,
     body: { code: 'internal', message: 'x is undefined' },
   });
+});
+
+test('/api/v1/watch streams changes, and lets go of the node when the reader leaves', async () => {
+  let tell: (change: Change) => void = () => {};
+  let ended = 0;
+  const { app } = setUp({
+    watch: (listener) => {
+      tell = listener;
+      return () => {
+        ended++;
+      };
+    },
+  });
+  const response = await app.request('/api/v1/watch');
+  const reader = response.body!.getReader();
+  const read = async (): Promise<string> => new TextDecoder().decode((await reader.read()).value);
+  assert.match(await read(), 'event: ready');
+  tell({ kind: 'service', name: 'a.b.c.d', service: null, instances: [] });
+  tell({ kind: 'node', name: 'n1', node: null });
+  assert.match(await read(), /event: service\ndata: \{"kind":"service","name":"a.b.c.d"/);
+  assert.match(await read(), 'event: node');
+  await reader.cancel();
+  assert.is(ended, 1);
 });
 
 test('/api/v1/openapi.json describes every route with its shapes', async () => {

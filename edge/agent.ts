@@ -1,0 +1,612 @@
+// The agent's shell: turns requests of the API into claims, host changes and keys, in that order, and takes back what
+// was done when a later step fails. It decides no policy and no packet. Requests run one at a time; whatever they
+// write comes back through the watch, and an answer waits until this node's own table has it.
+import {
+  applyService,
+  claimInstance,
+  claimSubnet,
+  deleteService,
+  ensureConfig,
+  publishInstance,
+  publishNode,
+  releaseInstance,
+  releaseSubnet,
+  type SubnetClaim,
+} from '../coordinator/claims.ts';
+import type { Kv, LeaseId } from '../coordinator/kv.ts';
+import { keepLease, type LeaseKeeper } from '../coordinator/lease.ts';
+import { type Cidr, formatCidr, formatIpv4, type Ipv4 } from '../src/addr.ts';
+import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
+import type { Keys } from '../src/keys.ts';
+import * as limits from '../src/limits.ts';
+import type { Logger } from '../src/log.ts';
+import { type Descriptor, type Instance, type NetworkConfig, portNumbers } from '../src/model.ts';
+import { parseName, type ServiceId, splitServiceId } from '../src/name.ts';
+import { layoutOf } from '../src/plan.ts';
+import type { ParsedDescriptor } from '../src/records.ts';
+import type { Change, InstanceView, Listing, NodeControl, NodeView, ServiceView } from './api/app.ts';
+import { type DeployRequest, parseSubnetwork, type Target } from './api/schema.ts';
+import type { AgentConfig } from './config.ts';
+import type { Environment } from './host/environment.ts';
+import { NamespaceAddresses } from './ipam.ts';
+import type {
+  Clock,
+  Container,
+  ContainerEngine,
+  Files,
+  PacketLoop,
+  StartPacketLoop,
+  Timers,
+} from './ports.ts';
+import { projectLocal, projectService } from './project.ts';
+import type { ProxyReport } from './proxy/command.ts';
+import type { RouteFollower } from './routes/follow.ts';
+import type { RouteDelta, RouteTable } from './routes/table.ts';
+import { decodeState, encodeState, type Hosted, type SavedState } from './state.ts';
+import { Undo } from './undo.ts';
+import { viewInstance, viewNode, viewProblems, viewService } from './view.ts';
+
+/** A name server of this node, running. */
+export interface NameServer {
+  /** Tells those who listen that services changed. */
+  changed(delta: RouteDelta): void;
+  counters(): Readonly<Record<string, number>>;
+  stop(): Promise<void>;
+}
+
+export type NeedsOf = (source: Ipv4) => readonly ServiceId[] | undefined;
+
+/** Everything that touches the world, handed in by compose.ts. */
+export interface AgentParts {
+  readonly config: AgentConfig;
+  readonly nodeIp: Ipv4;
+  /** Wanted for a network that does not exist yet. */
+  readonly network: NetworkConfig;
+  readonly kv: Kv;
+  readonly keys: Keys;
+  readonly table: RouteTable;
+  readonly routes: RouteFollower;
+  readonly environment: Environment;
+  readonly engine: ContainerEngine;
+  readonly files: Files;
+  readonly clock: Clock;
+  readonly timers: Timers;
+  readonly log: Logger;
+  /** 0…1, uniform. */
+  readonly random: () => number;
+  readonly startLoop: StartPacketLoop;
+  /** Starts DNS and mDNS on the bridge of that subnet. `needsOf`: services that an asker may know; undefined = any. */
+  readonly startNames: (subnet: Cidr, needsOf: NeedsOf) => Promise<NameServer>;
+  readonly runtime: string;
+  readonly version: string;
+}
+
+/** What a registered node holds. */
+interface Registered {
+  readonly network: NetworkConfig;
+  readonly claim: SubnetClaim;
+  readonly addresses: NamespaceAddresses;
+  readonly loop: PacketLoop;
+  readonly names: NameServer;
+  readonly presence: LeaseKeeper;
+  readonly tenure: LeaseKeeper;
+}
+
+const hostedKey = (service: ServiceId, instance: number): string => `${service}/${instance}`;
+
+export class Agent implements NodeControl {
+  readonly #parts: AgentParts;
+  readonly #log: Logger;
+  readonly #statePath: string;
+  readonly #hosted = new Map<string, Hosted>();
+  #registered: Registered | undefined;
+  #queue: Promise<unknown> = Promise.resolve();
+  #stopping = false;
+
+  constructor(parts: AgentParts) {
+    this.#parts = parts;
+    this.#log = parts.log;
+    this.#statePath = `${parts.config.dataDir}/agent.json`;
+    parts.routes.onDelta((delta) => this.#routesChanged(delta));
+  }
+
+  // ---- life ----
+
+  /** Goes on where the last run ended: the same subnet, and the instances that are still there. */
+  async restore(): Promise<void> {
+    const saved = await this.#readState();
+    const { register } = this.#parts.config;
+    if (saved === undefined) {
+      // What a killed agent left behind on the host, without a state file to go on from.
+      await this.#parts.environment.cleanNode();
+      if (register.kind === 'wait') return;
+      await this.register(register.kind === 'exact' ? formatCidr(register.subnet) : undefined);
+      return;
+    }
+    this.#log.info({ subnet: formatCidr(saved.subnet), count: saved.hosted.length }, 'resuming');
+    await this.register(formatCidr(saved.subnet));
+    for (const hosted of saved.hosted)
+      try {
+        await this.deploy({ ...hosted, addresses: {} }, hosted.namespaceIp);
+      } catch (thrown) {
+        const error = toEdgewayError(thrown);
+        this.#log.warn(
+          { service: hosted.service, instance: hosted.instance, code: error.code, error: error.message },
+          'instance is not resumed',
+        );
+      }
+    await this.#writeState();
+  }
+
+  /** Leaves the host as it was found. Addresses stay claimed until tenure ends, so that a restart finds them. */
+  stop(): Promise<void> {
+    this.#stopping = true;
+    return this.#alone(async () => {
+      const node = this.#registered;
+      this.#registered = undefined;
+      if (node === undefined) return;
+      await node.presence
+        .stop(true)
+        .catch((thrown: unknown) => this.#warn('presence is not revoked', thrown));
+      await node.tenure.stop(false);
+      await node.names.stop();
+      await node.loop.stop();
+      await this.#parts.environment.cleanNode();
+    });
+  }
+
+  // ---- NodeControl ----
+
+  register(subnetwork: string | undefined): Promise<{ subnetwork: string }> {
+    return this.#alone(async () => {
+      const held = this.#registered;
+      if (held === undefined) {
+        const { claim } = await this.#join(subnetwork);
+        await this.#writeState();
+        return { subnetwork: formatCidr(claim.subnet) };
+      }
+      const wanted =
+        subnetwork === undefined
+          ? held.claim.subnet
+          : unwrap(parseSubnetwork(subnetwork, held.network.plan.nodeBits));
+      if (formatCidr(wanted) !== formatCidr(held.claim.subnet))
+        throw new EdgewayError(
+          'already_registered',
+          `this node holds ${formatCidr(held.claim.subnet)} and was asked to register ${formatCidr(wanted)}: a node keeps its subnet`,
+        );
+      return { subnetwork: formatCidr(held.claim.subnet) };
+    });
+  }
+
+  deploy(request: DeployRequest, preferred?: Ipv4): Promise<InstanceView> {
+    return this.#alone(() =>
+      Undo.guard(this.#log, async (undo) => viewInstance(await this.#deploy(request, preferred, undo))),
+    );
+  }
+
+  undeploy(service: ServiceId, instance: number | undefined): Promise<void> {
+    return this.#alone(async () => {
+      const node = this.#node();
+      for (const hosted of [...this.#hosted.values()])
+        if (hosted.service === service && (instance === undefined || hosted.instance === instance))
+          await this.#undeploy(node, hosted);
+    });
+  }
+
+  apply({ descriptor }: ParsedDescriptor): Promise<ServiceView> {
+    return this.#alone(async () => {
+      const { kv, keys, network, routes, table } = this.#parts;
+      const config = this.#registered?.network ?? (await ensureConfig(kv, keys, network));
+      const { service, revision } = await applyService(kv, keys, config, descriptor);
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+      return viewService(service, table.instancesOf(service.id).length);
+    });
+  }
+
+  deleteService(service: ServiceId): Promise<void> {
+    return this.#alone(async () => {
+      const { kv, keys, routes } = this.#parts;
+      const config = this.#registered?.network ?? (await ensureConfig(kv, keys, this.#parts.network));
+      const revision = await deleteService(kv, keys, config, service);
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+    });
+  }
+
+  nodes(): Listing<NodeView> {
+    const { table, routes, keys } = this.#parts;
+    const items = [...table.nodes()].map(viewNode).sort((a, b) => a.node.localeCompare(b.node));
+    return { items, problems: viewProblems(routes.problems, keys.prefix('nodes')) };
+  }
+
+  services(): Listing<ServiceView> {
+    const { table, routes, keys } = this.#parts;
+    const items = [...table.services()]
+      .map((service) => viewService(service, table.instancesOf(service.id).length))
+      .sort((a, b) => a.service.localeCompare(b.service));
+    return { items, problems: viewProblems(routes.problems, keys.prefix('services')) };
+  }
+
+  instances(): Listing<InstanceView> {
+    const { table, routes, keys } = this.#parts;
+    const items = [...table.instances()]
+      .map(viewInstance)
+      .sort((a, b) => a.service.localeCompare(b.service) || a.instance - b.instance);
+    return { items, problems: viewProblems(routes.problems, keys.prefix('instances')) };
+  }
+
+  resolve(text: string): { name: string; address: string; instances: InstanceView[] } {
+    const { table } = this.#parts;
+    const name = unwrap(parseName(text));
+    if (!table.synced)
+      throw new EdgewayError(
+        'coordination_unavailable',
+        `"${text}": this node has not yet seen the keyspace`,
+      );
+    if ('instance' in name) {
+      const instance = table.instance(name.service, name.instance);
+      if (instance === undefined)
+        throw new EdgewayError(
+          'not_found',
+          `"${text}": service ${name.service} has no instance ${name.instance} now`,
+        );
+      return { name: text, address: formatIpv4(instance.instanceIp), instances: [viewInstance(instance)] };
+    }
+    const address = table.service(name.service)?.addresses[name.policy];
+    if (address === undefined)
+      throw new EdgewayError(
+        'not_found',
+        `"${text}": no service ${name.service} with a ${name.policy} address`,
+      );
+    return {
+      name: text,
+      address: formatIpv4(address),
+      instances: table.instancesOf(name.service).map(viewInstance),
+    };
+  }
+
+  status() {
+    const { config, nodeIp, routes, table, runtime, version } = this.#parts;
+    const node = this.#registered;
+    return {
+      node: config.node,
+      cluster: config.cluster,
+      nodeIp: formatIpv4(nodeIp),
+      ewp: config.ewp,
+      subnet: node === undefined ? null : formatCidr(node.claim.subnet),
+      etcd: routes.live ? ('live' as const) : ('away' as const),
+      revision: table.revision,
+      instances: this.#hosted.size,
+      flows: node?.loop.flows() ?? 0,
+      runtime,
+      version,
+    };
+  }
+
+  counters(): Readonly<Record<string, number>> {
+    const node = this.#registered;
+    return node === undefined ? {} : { ...node.loop.counters(), ...node.names.counters() };
+  }
+
+  watch(listener: (change: Change) => void): () => void {
+    const { table, routes } = this.#parts;
+    return routes.onDelta((delta) => {
+      for (const id of delta.services) {
+        const service = table.service(id);
+        const instances = table.instancesOf(id);
+        listener({
+          kind: 'service',
+          name: id,
+          service: service === undefined ? null : viewService(service, instances.length),
+          instances: instances.map(viewInstance),
+        });
+      }
+      for (const id of delta.nodes) {
+        const node = table.node(id);
+        listener({ kind: 'node', name: id, node: node === undefined ? null : viewNode(node) });
+      }
+    });
+  }
+
+  // ---- joining ----
+
+  #join(subnetwork: string | undefined): Promise<Registered> {
+    return Undo.guard(this.#log, async (undo) => {
+      const { config, kv, keys, environment, nodeIp, clock, timers } = this.#parts;
+      const network = await ensureConfig(kv, keys, this.#parts.network);
+      const { plan, mtu } = network;
+      const exact = subnetwork === undefined ? undefined : unwrap(parseSubnetwork(subnetwork, plan.nodeBits));
+      const owner = { node: config.node, cluster: config.cluster };
+      const avoid = await environment.hostRoutes();
+      const claim = await claimSubnet(kv, keys, network, owner, {
+        avoid,
+        nodeIp,
+        ...(exact === undefined ? {} : { exact }),
+      });
+      undo.push('subnet claim', () => releaseSubnet(kv, keys, network, owner, claim.subnet));
+      for (const route of avoid) this.#log.debug({ address: formatCidr(route) }, 'host route, kept clear of');
+
+      undo.push('host network', () => environment.cleanNode());
+      await environment.setupNode({
+        subnet: claim.subnet,
+        services: plan.services,
+        platform: plan.platform,
+        mtu,
+      });
+
+      const loop = await this.#parts.startLoop(
+        {
+          tun: config.tun,
+          mtu,
+          vni: network.vni,
+          nodeIp,
+          ewp: config.ewp,
+          servicesBase: plan.services.base,
+          servicesBits: plan.services.bits,
+          subnetBase: claim.subnet.base,
+          subnetBits: claim.subnet.bits,
+          flowsMax: limits.FLOWS_MAX,
+          seed: this.#seed(),
+        },
+        (report) => this.#loopReported(report),
+      );
+      undo.push('packet loop', () => loop.stop());
+      await environment.attachTun({ services: plan.services });
+
+      const names = await this.#parts.startNames(claim.subnet, (source) => this.#needsOf(source));
+      undo.push('names', () => names.stop());
+
+      const time = { monotonicMs: () => clock.monotonicMs(), after: timers.after };
+      const lease = { kv, time, random: this.#parts.random, log: this.#log };
+      const tenure = keepLease({ ...lease, ttlS: network.tenureTtlS, resume: claim.lease, onHeld: () => {} });
+      undo.push('tenure', () => tenure.stop(false));
+      const presence = keepLease({
+        ...lease,
+        ttlS: network.presenceTtlS,
+        onHeld: (held) => this.#publishAll(held, claim),
+      });
+      undo.push('presence', () => presence.stop(true));
+      await presence.held(limits.READ_YOUR_WRITES_MS);
+
+      const node: Registered = {
+        network,
+        claim,
+        addresses: new NamespaceAddresses(claim.subnet),
+        loop,
+        names,
+        presence,
+        tenure,
+      };
+      this.#registered = node;
+      // The loop starts empty; everything that is known already is news to it.
+      for (const service of this.#parts.table.services()) this.#projectService(node, service.id);
+      this.#log.info({ node: config.node, subnet: formatCidr(claim.subnet) }, 'registered');
+      return node;
+    });
+  }
+
+  /** Everything that hangs on the presence lease, under a new one. */
+  async #publishAll(lease: LeaseId, claim: SubnetClaim): Promise<void> {
+    const { kv, keys, config, nodeIp } = this.#parts;
+    await publishNode(
+      kv,
+      keys,
+      {
+        node: config.node,
+        cluster: config.cluster,
+        nodeIp,
+        ewp: config.ewp,
+        nsp: config.nsp,
+        subnet: claim.subnet,
+        epoch: claim.epoch,
+      },
+      lease,
+    );
+    for (const hosted of this.#hosted.values())
+      try {
+        await publishInstance(kv, keys, claim.subnet, this.#instanceOf(hosted, claim), lease);
+      } catch (thrown) {
+        this.#warn(`instance ${hosted.instance} of ${hosted.service} is not published again`, thrown);
+      }
+  }
+
+  // ---- instances ----
+
+  async #deploy(request: DeployRequest, preferred: Ipv4 | undefined, undo: Undo): Promise<Instance> {
+    const { service, instance, target } = request;
+    const { kv, keys, environment, routes, clock, config } = this.#parts;
+    const node = this.#node();
+    const id = hostedKey(service, instance);
+    const already = this.#hosted.get(id);
+    if (already !== undefined)
+      throw new EdgewayError(
+        'instance_exists',
+        `instance ${instance} of ${service} runs on this node already, in ${describeTarget(already.target)}`,
+      );
+    const found = await this.#findTarget(target);
+
+    const descriptor = this.#parts.table.service(service)?.descriptor ?? bareDescriptor(service);
+    await applyService(kv, keys, node.network, descriptor, request.addresses);
+    const claim = await claimInstance(kv, keys, node.network, {
+      service,
+      instance,
+      node: config.node,
+      lease: await node.tenure.held(limits.READ_YOUR_WRITES_MS),
+      ...(request.instanceIp === undefined ? {} : { wanted: request.instanceIp }),
+    });
+    const held = { service, instance, node: config.node, instanceIp: claim.instanceIp };
+    undo.push('instance address', async () => {
+      await releaseInstance(kv, keys, node.network, held);
+    });
+
+    if (preferred !== undefined) node.addresses.hold(id, preferred, clock.monotonicMs());
+    const namespaceIp = unwrap(node.addresses.take(id, clock.monotonicMs()));
+    undo.push('namespace address', async () => node.addresses.giveBack(id, clock.monotonicMs()));
+    const hosted: Hosted = { service, instance, target, namespaceIp, instanceIp: claim.instanceIp };
+
+    undo.push('network of the instance', () => environment.detach({ id }));
+    await environment.attach({
+      id,
+      target: found.target,
+      namespaceIp,
+      subnet: node.claim.subnet,
+      mtu: node.network.mtu,
+      resolvConf: { nameserver: layoutOf(node.claim.subnet).bridge },
+      ...(found.container === undefined ? {} : { container: found.container }),
+    });
+    undo.push('packet path', async () => node.loop.send({ kind: 'localGone', namespaceIp }));
+    node.loop.send(projectLocal(this.#parts.table, hosted));
+
+    undo.push('hosted instance', async () => {
+      this.#hosted.delete(id);
+    });
+    this.#hosted.set(id, hosted);
+    const published = this.#instanceOf(hosted, node.claim);
+    const lease = await node.presence.held(limits.READ_YOUR_WRITES_MS);
+    const revision = await publishInstance(kv, keys, node.claim.subnet, published, lease);
+    await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+    await this.#writeState();
+    this.#log.info(
+      { service, instance, address: formatIpv4(namespaceIp), name: describeTarget(target) },
+      'instance deployed',
+    );
+    return published;
+  }
+
+  /** First out of the keyspace, so that nobody chooses it; then off the host. */
+  async #undeploy(node: Registered, hosted: Hosted): Promise<void> {
+    const { kv, keys, environment, routes, clock, config } = this.#parts;
+    const { service, instance, namespaceIp } = hosted;
+    const id = hostedKey(service, instance);
+    this.#hosted.delete(id);
+    await this.#writeState();
+    const held = { service, instance, node: config.node, instanceIp: hosted.instanceIp };
+    const revision = await releaseInstance(kv, keys, node.network, held);
+    await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+    node.loop.send({ kind: 'localGone', namespaceIp });
+    await environment.detach({ id });
+    node.addresses.giveBack(id, clock.monotonicMs());
+    this.#log.info({ service, instance, address: formatIpv4(namespaceIp) }, 'instance undeployed');
+  }
+
+  async #findTarget(
+    target: Target,
+  ): Promise<{ target: Exclude<Target, { kind: 'container' }>; container?: Container }> {
+    if (target.kind !== 'container') return { target };
+    const container = await this.#parts.engine.inspect(target.container);
+    return { target: { kind: 'pid', pid: container.pid }, container };
+  }
+
+  #instanceOf(hosted: Hosted, claim: SubnetClaim): Instance {
+    const { config, nodeIp, table } = this.#parts;
+    return {
+      service: hosted.service,
+      instance: hosted.instance,
+      node: config.node,
+      cluster: config.cluster,
+      nodeIp,
+      ewp: config.ewp,
+      nsp: config.nsp,
+      namespaceIp: hosted.namespaceIp,
+      instanceIp: hosted.instanceIp,
+      ports: portNumbers(table.service(hosted.service)?.descriptor.ports ?? []),
+      epoch: claim.epoch,
+    };
+  }
+
+  // ---- routes and packets ----
+
+  #routesChanged(delta: RouteDelta): void {
+    const node = this.#registered;
+    if (node === undefined) return;
+    for (const service of delta.services) this.#projectService(node, service);
+    node.names.changed(delta);
+  }
+
+  #projectService(node: Registered, id: ServiceId): void {
+    const { table, config } = this.#parts;
+    node.loop.send(projectService(table, id, config.node));
+    for (const hosted of this.#hosted.values())
+      if (hosted.service === id) node.loop.send(projectLocal(table, hosted));
+  }
+
+  #needsOf(source: Ipv4): readonly ServiceId[] | undefined {
+    for (const { namespaceIp, service } of this.#hosted.values())
+      if (namespaceIp === source) return this.#parts.table.service(service)?.descriptor.needs;
+    return undefined;
+  }
+
+  #loopReported(report: ProxyReport): void {
+    if (report.kind !== 'stopped' || this.#stopping) return;
+    this.#log.error({ reason: report.error ?? 'without a reason' }, 'the packet loop ended');
+  }
+
+  // ---- small things ----
+
+  #node(): Registered {
+    if (this.#registered === undefined)
+      throw new EdgewayError('not_registered', 'this node has no subnet yet: POST /register comes first');
+    return this.#registered;
+  }
+
+  /** One request at a time: each leaves the node whole before the next begins. */
+  #alone<T>(work: () => Promise<T>): Promise<T> {
+    const turn = this.#queue.then(work);
+    this.#queue = turn.catch(() => {});
+    return turn;
+  }
+
+  #seed(): number {
+    return Math.floor(this.#parts.random() * 2 ** 32);
+  }
+
+  #warn(what: string, thrown: unknown): void {
+    const error = toEdgewayError(thrown);
+    this.#log.warn({ code: error.code, error: error.message }, what);
+  }
+
+  async #readState(): Promise<SavedState | undefined> {
+    const text = await this.#parts.files.read(this.#statePath);
+    if (text === undefined) return undefined;
+    const state = decodeState(text);
+    if (state.ok) return state.value;
+    this.#log.error(
+      { file: this.#statePath, error: state.error.message },
+      'saved state is not readable; starting anew',
+    );
+    return undefined;
+  }
+
+  async #writeState(): Promise<void> {
+    const subnet: Cidr | undefined = this.#registered?.claim.subnet;
+    if (subnet === undefined) return;
+    await this.#parts.files.write(
+      this.#statePath,
+      encodeState({ subnet, hosted: [...this.#hosted.values()] }),
+    );
+  }
+}
+
+function describeTarget(target: Target): string {
+  switch (target.kind) {
+    case 'container':
+      return `container ${target.container}`;
+    case 'netns':
+      return `namespace ${target.name}`;
+    case 'pid':
+      return `process ${target.pid}`;
+  }
+}
+
+/** A service that is deployed before anybody described it. */
+function bareDescriptor(id: ServiceId): Descriptor {
+  const { app, appNs, service, serviceNs } = splitServiceId(id);
+  return {
+    appname: app,
+    appnamespace: appNs,
+    servicename: service,
+    servicenamespace: serviceNs,
+    exposed: false,
+    ports: [],
+    statefull: false,
+  };
+}
