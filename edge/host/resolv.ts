@@ -40,11 +40,6 @@ export function parseResolvConf(text: string): ResolvConf {
   return { nameservers, others };
 }
 
-/** What an instance's resolv.conf says: exactly one nameserver, no search list, and no retries by dots. */
-export function instanceResolvConf(address: Ipv4): string {
-  return `nameserver ${formatIpv4(address)}\noptions ndots:1\n`;
-}
-
 /** Contents that upstream servers can be read from. */
 export interface ResolvSources {
   readonly resolvConf: string | undefined;
