@@ -292,6 +292,12 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
   );
   app.route('/api/v1', api);
 
+  app.get('/metrics', async (c) => {
+    // Loaded when somebody scrapes: an agent that nobody watches does not carry the library.
+    const { metricsText } = await import('./metrics.ts');
+    const { type, text } = await metricsText(node);
+    return c.body(text, 200, { 'content-type': type });
+  });
   app.get('/healthz', (c) => c.json({ status: 'ok' }));
   app.get(
     '/api/v1/openapi.json',

@@ -270,6 +270,32 @@ test('/api/v1/watch streams changes, and lets go of the node when the reader lea
   assert.is(ended, 1);
 });
 
+test('/metrics: gauges from the status, drops by reason, one counter each for the rest', async () => {
+  const { app } = setUp({
+    counters: () => ({
+      to_tunnel_packets: 7,
+      drop_not_needed: 2,
+      drop_ttl_exceeded: 0,
+      dns_queries: 5,
+      mdns_own: 1,
+    }),
+  });
+  const response = await app.request('/metrics');
+  assert.match(response.headers.get('content-type') ?? '', 'text/plain');
+  const text = await response.text();
+  for (const line of [
+    'edgeway_build_info{version="0",runtime="test",node="n1",cluster="default"} 1',
+    'edgeway_registered 0',
+    'edgeway_etcd_live 1',
+    'edgeway_dropped_packets_total{reason="not_needed"} 2',
+    'edgeway_dropped_packets_total{reason="ttl_exceeded"} 0',
+    'edgeway_dns_total{event="queries"} 5',
+    'edgeway_mdns_total{event="own"} 1',
+    'edgeway_to_tunnel_packets_total 7',
+  ])
+    assert.ok(text.includes(`${line}\n`), `${line}\n${text}`);
+});
+
 test('/api/v1/openapi.json describes every route with its shapes', async () => {
   const { call } = setUp();
   const { status, body } = await call('GET', '/api/v1/openapi.json');
