@@ -13,6 +13,12 @@ export const REWEIGH_MS = 500;
 /** Shares of flows that differ by less are the same: no command for noise. */
 const TOLERANCE = 0.02;
 
+/** A service that was used, or that an instance here needs, is warm for so long: its nodes are watched and its
+ *  weights follow them. The others are weighed when their routes change, and then in rotation. */
+export const WARM_MS = 600_000;
+/** Cold services weighed per round: 10,000 of them take 50 s. */
+const COLD_PER_ROUND = 100;
+
 /** An instance of a followed service. */
 export interface Member {
   readonly instance: number;
@@ -53,6 +59,7 @@ interface Entry {
   members: readonly Member[];
   readonly knownSince: Map<number, number>;
   readonly weigher: Weigher;
+  warmUntil: number;
   sent: Weights | undefined;
   last: Weights | undefined;
 }
@@ -71,6 +78,7 @@ export class Balancer {
   readonly #services = new Map<ServiceId, Entry>();
   readonly #outputs: BalanceOutput[] = [];
   #nextAt = Number.NEGATIVE_INFINITY;
+  #rotation = this.#services.entries();
 
   constructor(prober: Prober, own: Own) {
     this.#prober = prober;
@@ -81,7 +89,14 @@ export class Balancer {
   setService(service: ServiceId, members: readonly Member[], nowMs: number): void {
     let entry = this.#services.get(service);
     if (entry === undefined) {
-      entry = { members, knownSince: new Map(), weigher: new Weigher(), sent: undefined, last: undefined };
+      entry = {
+        members,
+        knownSince: new Map(),
+        weigher: new Weigher(),
+        warmUntil: Number.NEGATIVE_INFINITY,
+        sent: undefined,
+        last: undefined,
+      };
       this.#services.set(service, entry);
     }
     const before = new Map(entry.members.map((m) => [m.instance, m]));
@@ -100,23 +115,44 @@ export class Balancer {
     this.#services.delete(service);
   }
 
-  /** Per service the nodes that host it, this one left out: what the prober follows. */
-  followed(): Map<ServiceId, readonly string[]> {
+  /** The service is used or needed. True when it was cold: whom to watch has changed. */
+  warm(service: ServiceId, nowMs: number): boolean {
+    const entry = this.#services.get(service);
+    if (entry === undefined) return false;
+    const cold = entry.warmUntil <= nowMs;
+    entry.warmUntil = nowMs + WARM_MS;
+    return cold;
+  }
+
+  /** Per warm service the nodes that host it, this one left out: what the prober follows. */
+  followed(nowMs: number): Map<ServiceId, readonly string[]> {
     const result = new Map<ServiceId, readonly string[]>();
-    for (const [service, { members }] of this.#services)
-      result.set(service, [...new Set(members.filter((m) => !m.local).map((m) => m.node))]);
+    for (const [service, { members, warmUntil }] of this.#services)
+      if (warmUntil > nowMs)
+        result.set(service, [...new Set(members.filter((m) => !m.local).map((m) => m.node))]);
     return result;
   }
 
   /** Something changed that cannot wait: a node's status, an instance's health. */
   reweigh(nowMs: number): void {
-    for (const [service, entry] of this.#services) this.#reweigh(service, entry, nowMs);
+    for (const [service, entry] of this.#services)
+      if (entry.warmUntil > nowMs) this.#reweigh(service, entry, nowMs);
   }
 
   handleTimeout(nowMs: number): void {
     if (nowMs < this.#nextAt) return;
     this.#nextAt = nowMs + REWEIGH_MS;
     this.reweigh(nowMs);
+    for (let n = 0; n < Math.min(COLD_PER_ROUND, this.#services.size); n++) {
+      let next = this.#rotation.next();
+      if (next.done) {
+        this.#rotation = this.#services.entries();
+        next = this.#rotation.next();
+      }
+      if (next.done) return;
+      const [service, entry] = next.value;
+      if (entry.warmUntil <= nowMs) this.#reweigh(service, entry, nowMs);
+    }
   }
 
   poll(): BalanceOutput | undefined {

@@ -38,6 +38,10 @@ export interface AgentConfig {
   /** Undefined: the underlay interface's MTU − 36. Used only when this node writes the network config. */
   readonly mtu?: number;
   readonly presenceTtlS: number;
+  /** A file with one number that stands for this host's load. */
+  readonly loadFile?: string;
+  /** Health checks of kind `command` may run here. */
+  readonly healthCommands: boolean;
   readonly logLevel: string;
 }
 
@@ -77,6 +81,15 @@ export const SETTINGS = {
     hint: 'SECONDS',
     help: 'presence lease for a new network',
     default: String(limits.PRESENCE_TTL_S),
+  },
+  'load-file': {
+    hint: 'FILE',
+    help: 'file with one number that policy "fastest" takes as this host\'s load (default: demand per core)',
+  },
+  'health-commands': {
+    hint: 'on|off',
+    help: 'run health checks of kind "command" that service descriptors name, as root inside the instance',
+    default: 'off',
   },
   'log-level': { hint: 'LEVEL', help: 'trace, debug, info, warn or error', default: 'info' },
 } as const satisfies Record<
@@ -124,6 +137,7 @@ export function parseConfig(
         | 'tun'
         | 'mdns'
         | 'presence-ttl'
+        | 'health-commands'
         | 'log-level'
       ),
   ): string => given(setting) ?? SETTINGS[setting].default;
@@ -156,6 +170,10 @@ export function parseConfig(
     if (!parseIpv4(upstream).ok) throw bad('upstreams', upstream, 'must be IPv4 addresses');
   const mdns = value('mdns');
   if (mdns !== 'on' && mdns !== 'off') throw bad('mdns', mdns, 'must be on or off');
+  const healthCommands = value('health-commands');
+  if (healthCommands !== 'on' && healthCommands !== 'off')
+    throw bad('health-commands', healthCommands, 'must be on or off');
+  const loadFile = given('load-file');
   const logLevel = value('log-level');
   if (!LOG_LEVELS.includes(logLevel))
     throw bad('log-level', logLevel, `must be one of ${LOG_LEVELS.join(', ')}`);
@@ -188,6 +206,8 @@ export function parseConfig(
     ...(mtu === undefined ? {} : { mtu: integer('mtu', mtu, limits.MTU_MIN, limits.MTU_MAX) }),
     // etcd raises shorter leases by itself (minimum 1.5 × election timeout, about 2 s).
     presenceTtlS: integer('presence-ttl', value('presence-ttl'), 2, 3_600),
+    ...(loadFile === undefined ? {} : { loadFile }),
+    healthCommands: healthCommands === 'on',
     logLevel,
   });
 }

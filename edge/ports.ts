@@ -1,4 +1,6 @@
 // The seams between the agent's machines and the world. Each is small enough to be implemented truly in a test.
+import type { Ipv4 } from '../src/addr.ts';
+import type { HealthProbe } from '../src/model.ts';
 import type { ProxyCommand, ProxyConfig, ProxyReport } from './proxy/command.ts';
 
 /** Monotonic and wall time in milliseconds. */
@@ -65,6 +67,27 @@ export type StartPacketLoop = (
   config: ProxyConfig,
   report: (report: ProxyReport) => void,
 ) => Promise<PacketLoop>;
+
+/** A process or network namespace that an instance lives in. */
+export type Home =
+  | { readonly kind: 'netns'; readonly name: string }
+  | { readonly kind: 'pid'; readonly pid: number };
+
+/** The host's pulse, and that of the instances on it. */
+export interface Vitals {
+  /** Demand per core of this host (src/load.ts); undefined when it cannot be measured yet. */
+  load(): number | undefined;
+  /** What identifies the process (start time) or namespace (inode) as long as it exists; undefined when it does not.
+   *  Answers at once. */
+  identify(home: Home): string | undefined;
+  /** Runs one health check; resolves within the time limit, never rejects. */
+  check(
+    probe: HealthProbe,
+    namespaceIp: Ipv4,
+    home: Home,
+    timeoutMs: number,
+  ): Promise<{ readonly ok: boolean; readonly detail: string }>;
+}
 
 /** A listening HTTP server. */
 export interface HttpServer {

@@ -98,6 +98,8 @@ export type ProbeOutput =
   | {
       readonly kind: 'status';
       readonly node: string;
+      readonly nodeIp: Ipv4;
+      readonly ewp: number;
       readonly from: Status;
       readonly to: Status;
       readonly why: string;
@@ -214,6 +216,10 @@ export class Prober {
       }
     this.#names = [...this.#peers.keys()];
     this.#replan = true;
+  }
+
+  knows(node: string): boolean {
+    return this.#peers.has(node);
   }
 
   /** Per followed service the nodes of its instances, this node left out. */
@@ -417,7 +423,8 @@ export class Prober {
     state.status = to;
     state.statusSince = nowMs;
     this.#replan = true;
-    this.#outputs.push({ kind: 'status', node: state.peer.node, from, to, why });
+    const { node, nodeIp, ewp } = state.peer;
+    this.#outputs.push({ kind: 'status', node, nodeIp, ewp, from, to, why });
   }
 
   #retry(state: State): number {

@@ -1,5 +1,6 @@
 // The nouns of the platform, as every other file uses them. Addresses are integers; text lives in records.ts.
 import type { Cidr, Ipv4 } from './addr.ts';
+import type { Coordinate } from './coordinate.ts';
 import type { ServiceId } from './name.ts';
 import type { Plan } from './plan.ts';
 import type { Policy } from './policy.ts';
@@ -27,6 +28,27 @@ export interface Node {
   readonly nsp: number;
   readonly subnet: Cidr;
   readonly epoch: number;
+  /** Where it is in the network and how loaded (choose.ts), as it last published: rarely, so that records stay cold. */
+  readonly coordinate?: Coordinate;
+  readonly load?: number;
+}
+
+/** How the hosting agent finds out whether an instance can work. */
+export type HealthProbe =
+  /** A connection to the port is accepted. */
+  | { readonly kind: 'tcp'; readonly port: number }
+  /** GET of the path answers 200…399. */
+  | { readonly kind: 'http'; readonly port: number; readonly path: string }
+  /** The program, run inside the instance's namespaces, exits 0. Only where the agent allows it. */
+  | { readonly kind: 'command'; readonly command: readonly string[] };
+
+export interface HealthCheck {
+  readonly probe: HealthProbe;
+  readonly intervalMs: number;
+  readonly timeoutMs: number;
+  /** Failures in a row that make it unhealthy, successes in a row that make it healthy again. */
+  readonly fall: number;
+  readonly rise: number;
 }
 
 export type Protocol = 'tcp' | 'udp';
@@ -52,6 +74,8 @@ export interface Descriptor {
   /** A number is a port that the service listens on; a mapping is published on the nodes too if it is `exposed`. */
   readonly ports: readonly (number | PortMapping)[];
   readonly statefull: boolean;
+  /** Absent: an instance is healthy while its process or namespace exists. */
+  readonly health?: HealthCheck;
 }
 
 /** The ports that the service itself listens on, each once. */

@@ -3,6 +3,7 @@
 // a newer minor writer does no harm; another `v` is refused.
 import * as v from 'valibot';
 import { formatCidr, formatIpv4, parseCidr, parseIpv4 } from './addr.ts';
+import { type Coordinate, checkCoordinate } from './coordinate.ts';
 import { EdgewayError, fail, ok, type Result } from './error.ts';
 import { ID_PATTERN, type Key } from './keys.ts';
 import * as limits from './limits.ts';
@@ -11,6 +12,8 @@ import type {
   BlockOwner,
   Cluster,
   Descriptor,
+  HealthCheck,
+  HealthProbe,
   Instance,
   Leader,
   NetworkConfig,
@@ -82,6 +85,53 @@ function parseNeed(text: string): Result<ServiceId> {
   return name.ok ? ok(name.value.service) : name;
 }
 
+const milliseconds = (min: number, max: number, otherwise: number) =>
+  v.optional(v.pipe(v.number(), v.integer(), v.minValue(min), v.maxValue(max)), otherwise);
+
+const healthTiming = {
+  intervalMs: milliseconds(100, 3_600_000, 1_000),
+  timeoutMs: milliseconds(10, 60_000, 1_000),
+  fall: milliseconds(1, 100, 2),
+  rise: milliseconds(1, 100, 2),
+};
+
+/** `health` of a descriptor; the timing fields are optional. */
+const healthSchema = v.union(
+  [
+    v.object({ tcp: v.object({ port: portSchema }), ...healthTiming }),
+    v.object({
+      http: v.object({
+        port: portSchema,
+        path: v.optional(v.pipe(v.string(), v.startsWith('/'), v.maxLength(1_024)), '/'),
+      }),
+      ...healthTiming,
+    }),
+    v.object({
+      command: v.pipe(v.array(v.pipe(v.string(), v.minLength(1))), v.minLength(1), v.maxLength(64)),
+      ...healthTiming,
+    }),
+  ],
+  'health: exactly one of tcp {port}, http {port, path}, command [program, …], and optionally intervalMs, timeoutMs, fall, rise',
+);
+
+function checkOf(health: v.InferOutput<typeof healthSchema>): HealthCheck {
+  const { intervalMs, timeoutMs, fall, rise } = health;
+  const probe: HealthProbe =
+    'tcp' in health
+      ? { kind: 'tcp', ...health.tcp }
+      : 'http' in health
+        ? { kind: 'http', ...health.http }
+        : { kind: 'command', command: health.command };
+  return { probe, intervalMs, timeoutMs, fall, rise };
+}
+
+/** Inverse of checkOf: the descriptor's spelling. */
+function healthOf(check: HealthCheck): object {
+  const { probe, ...timing } = check;
+  const { kind, ...rest } = probe;
+  return { [kind]: kind === 'command' ? probe.command : rest, ...timing };
+}
+
 /** Service descriptor as the seed documents spell it; `POST /api/v1/services` and `edgeway apply` take the same. */
 export const descriptorSchema = v.object({
   appname: v.string(),
@@ -92,6 +142,7 @@ export const descriptorSchema = v.object({
   needs: v.optional(v.array(parsed(parseNeed))),
   ports: v.optional(descriptorPortsSchema, []),
   statefull: v.optional(v.boolean(), false),
+  health: v.optional(v.pipe(healthSchema, v.transform(checkOf))),
 });
 
 const configSchema = v.object({
@@ -106,6 +157,32 @@ const configSchema = v.object({
   quarantineS: v.pipe(v.number(), v.integer(), v.minValue(0)),
 });
 
+/** Milliseconds, see coordinate.ts. */
+export const coordinateSchema = v.pipe(
+  v.object({
+    vec: v.array(v.number()),
+    height: v.number(),
+    adjustment: v.number(),
+    error: v.number(),
+  }),
+  v.rawCheck(({ dataset, addIssue }) => {
+    const result = dataset.typed ? checkCoordinate(dataset.value) : undefined;
+    if (result !== undefined && !result.ok) addIssue({ message: result.error.message });
+  }),
+);
+
+/** Microseconds are enough, and keep the record readable. */
+const round3 = (x: number): number => Math.round(x * 1_000) / 1_000;
+
+export function printCoordinate(c: Coordinate): Coordinate {
+  return {
+    vec: c.vec.map(round3),
+    height: round3(c.height),
+    adjustment: round3(c.adjustment),
+    error: round3(c.error),
+  };
+}
+
 const nodeSchema = v.object({
   ...versionEntry,
   node: idSchema,
@@ -115,6 +192,8 @@ const nodeSchema = v.object({
   nsp: portOrNoneSchema,
   subnet: cidrSchema,
   epoch: epochSchema,
+  coordinate: v.optional(coordinateSchema),
+  load: v.optional(v.pipe(v.number(), v.minValue(0), v.maxValue(1_000_000))),
 });
 
 const serviceSchema = v.object({
@@ -230,17 +309,26 @@ export function decodeConfig(text: string): Result<NetworkConfig> {
 }
 
 export function encodeNode(node: Node): string {
-  return print({ ...node, nodeIp: formatIpv4(node.nodeIp), subnet: formatCidr(node.subnet) });
+  const { coordinate, load } = node;
+  return print({
+    ...node,
+    nodeIp: formatIpv4(node.nodeIp),
+    subnet: formatCidr(node.subnet),
+    ...(coordinate === undefined ? {} : { coordinate: printCoordinate(coordinate) }),
+    ...(load === undefined ? {} : { load: round3(load) }),
+  });
 }
 export function decodeNode(text: string): Result<Node> {
-  return strip(decode(nodeSchema, text));
+  const record = strip(decode(nodeSchema, text));
+  return record.ok ? ok(compact(record.value)) : record;
 }
 
 export function encodeService(service: Service): string {
   const addresses = Object.fromEntries(
     Object.entries(service.addresses).map(([policy, address]) => [policy, formatIpv4(address)]),
   );
-  return print({ ...service.descriptor, addresses });
+  const { health, ...descriptor } = service.descriptor;
+  return print({ ...descriptor, ...(health === undefined ? {} : { health: healthOf(health) }), addresses });
 }
 /** The key says which service it is; a value that names another one is refused. */
 export function decodeService(text: string, key: ServiceId): Result<Service> {

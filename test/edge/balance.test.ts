@@ -1,6 +1,6 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { Balancer } from '../../edge/balance.ts';
+import { Balancer, WARM_MS } from '../../edge/balance.ts';
 import { Prober } from '../../edge/probe.ts';
 import { ipv4 } from '../../src/addr.ts';
 import type { ServiceId } from '../../src/name.ts';
@@ -195,6 +195,7 @@ test('Balancer hands out weights only when choices would differ', () => {
     namespaceIp: ipv4(instance),
   }));
   balancer.setService(CART, members, 0);
+  balancer.warm(CART, 0);
   assert.is(balancer.poll()?.kind, 'weights');
   for (let now = 0; now < 10_000; now += 500) balancer.handleTimeout(now);
   assert.is(balancer.poll(), undefined);
@@ -203,6 +204,37 @@ test('Balancer hands out weights only when choices would differ', () => {
   balancer.deleteService(CART);
   balancer.reweigh(11_000);
   assert.is(balancer.poll(), undefined);
+});
+
+test('Balancer: only warm services are watched, and a cold one is still weighed in rotation', () => {
+  const rng = new Rng(1);
+  const prober = new Prober({ rng, nonce: () => rng.u32(), nowMs: 0 });
+  let up = true;
+  const balancer = new Balancer(prober, { load: () => 0.1, isUp: () => up });
+  for (let s = 0; s < 1_000; s++)
+    balancer.setService(
+      `shop.prod.s${s}.v1` as ServiceId,
+      [
+        { instance: 1, node: `n${s}`, local: false, namespaceIp: ipv4(s) },
+        { instance: 2, node: 'n', local: true, namespaceIp: ipv4(100_000 + s) },
+      ],
+      0,
+    );
+  while (balancer.poll() !== undefined);
+  assert.is(balancer.followed(0).size, 0);
+  assert.is(balancer.warm('shop.prod.s7.v1' as ServiceId, 0), true);
+  assert.is(balancer.warm('shop.prod.s7.v1' as ServiceId, 1), false);
+  assert.equal([...balancer.followed(1)], [['shop.prod.s7.v1', ['n7']]]);
+  assert.is(balancer.followed(WARM_MS + 2).size, 0);
+  up = false;
+  balancer.handleTimeout(10_000);
+  const first = [];
+  for (let o = balancer.poll(); o !== undefined; o = balancer.poll()) first.push(o.service);
+  assert.ok(first.includes('shop.prod.s7.v1' as ServiceId));
+  for (let now = 10_500; now < 17_000; now += 500) balancer.handleTimeout(now);
+  let rest = 0;
+  while (balancer.poll() !== undefined) rest++;
+  assert.is(first.length + rest, 1_000);
 });
 
 test.run();

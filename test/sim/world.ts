@@ -176,7 +176,8 @@ export class World {
         members.map((m) => ({ ...m, local: m.node === node.name })),
         this.now,
       );
-      node.prober.setFollowed(node.balancer.followed());
+      node.balancer.warm(service, this.now);
+      node.prober.setFollowed(node.balancer.followed(this.now));
       this.#drive(node);
     }
   }
