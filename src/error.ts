@@ -16,6 +16,7 @@ export const ERROR_CODES = [
   'instance_exists', // the instance number is taken by a live instance
   'address_taken', // somebody else holds the address
   'address_not_in_plan', // the address or subnet does not belong to the address plan
+  'port_taken', // somebody else publishes the node port
   'subnet_taken', // somebody else holds the subnet
   'subnets_exhausted', // no free node subnet
   'addresses_exhausted', // no free ServiceIP, InstanceIP or namespace IP

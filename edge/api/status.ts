@@ -16,6 +16,7 @@ export const STATUS: Readonly<Record<ErrorCode, ContentfulStatusCode>> = {
   instance_exists: 409,
   address_taken: 409,
   address_not_in_plan: 400,
+  port_taken: 409,
   subnet_taken: 409,
   subnets_exhausted: 507,
   addresses_exhausted: 507,

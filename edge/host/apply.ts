@@ -69,8 +69,9 @@ function grouped(plan: Plan): readonly (readonly Step[])[] {
   for (const step of plan) {
     const group = groups.at(-1);
     const last = group?.at(-1)?.act;
-    if (group !== undefined && last?.kind === 'ip' && step.act.kind === 'ip' && last.netns === step.act.netns)
-      group.push(step);
+    const joins =
+      last?.kind === 'ip' && step.act.kind === 'ip' && last.netns === step.act.netns && !step.lenient;
+    if (group !== undefined && joins && !group[0]?.lenient) group.push(step);
     else groups.push([step]);
   }
   return groups;
@@ -79,7 +80,8 @@ function grouped(plan: Plan): readonly (readonly Step[])[] {
 async function perform(host: Host, group: readonly Step[]): Promise<void> {
   const [first] = group;
   if (first === undefined) return;
-  if (first.act.kind !== 'ip' || group.length === 1) return await one(host, first.act, false);
+  if (first.act.kind !== 'ip' || group.length === 1)
+    return await one(host, first.act, first.lenient ?? false);
   const lines = group.map((step) => (step.act.kind === 'ip' ? step.act.args : ''));
   const result = await host.runner.run(
     [...enter(first.act.netns), 'ip', '-batch', '-'],

@@ -1,15 +1,15 @@
 // The environment manager: the only hand that changes this host. Each method observes, plans (plan.ts), writes what
 // it is about to change into the state file, and applies; all are idempotent and all-or-nothing, and run one at a
 // time. It refuses to touch a link, namespace, rule or file that the state file does not name.
-import { type Cidr, formatIpv4, type Ipv4, overlaps } from '../../src/addr.ts';
+import { type Cidr, contains, formatCidr, formatIpv4, type Ipv4, overlaps } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import type { Logger } from '../../src/log.ts';
-import { DEFAULT_PLAN } from '../../src/plan.ts';
+import type { PortMapping } from '../../src/model.ts';
+import { layoutOf } from '../../src/plan.ts';
 import type { Container, Files, Runner } from '../ports.ts';
 import { apply, clear, type Host } from './apply.ts';
 import { Observer } from './observe.ts';
 import {
-  type AttachState,
   chainOf,
   checkLinkName,
   iptablesClean,
@@ -20,11 +20,21 @@ import {
   planClean,
   planDetach,
   planNode,
+  planPeers,
+  planRules,
   planTun,
-  type ResolvState,
   resolvContent,
 } from './plan.ts';
-import { type Attachment, EMPTY_STATE, type HostState, loadState, saveState } from './state.ts';
+import { type Publication, publicationsOf } from './rules.ts';
+import {
+  type Attachment,
+  EMPTY_STATE,
+  type HostState,
+  loadState,
+  type NodeState,
+  type Peer,
+  saveState,
+} from './state.ts';
 
 export interface EnvironmentOptions {
   readonly runner: Runner;
@@ -37,15 +47,23 @@ export interface EnvironmentOptions {
 
 export interface NodeRequest {
   readonly subnet: Cidr;
-  readonly services: Cidr;
-  /** Default: the platform of the default plan. */
+  /** The bridge's address; default: the subnet's first. */
+  readonly gateway?: Ipv4;
+  /** Range that the ProxyTUN serves; absent where there is none. */
+  readonly services?: Cidr;
+  /** Addresses that never leave by another way than ours; default: none. */
   readonly platform?: Cidr;
   /** Overlay MTU, bytes. */
   readonly mtu: number;
+  /** Default true: instances reach each other only through the ProxyTUN. */
+  readonly isolated?: boolean;
+  /** The kernel's own VXLAN-GPE device, where it shall carry packets between nodes. */
+  readonly carrier?: NonNullable<NodeState['carrier']>;
 }
 
 export type AttachTarget =
-  | { readonly kind: 'netns'; readonly name: string }
+  /** `create`: the namespace is made with the attachment and deleted with it. */
+  | { readonly kind: 'netns'; readonly name: string; readonly create?: true }
   | { readonly kind: 'pid'; readonly pid: number };
 
 export interface AttachRequest {
@@ -57,6 +75,10 @@ export interface AttachRequest {
   readonly mtu: number;
   /** Exactly one nameserver; absent: resolv.conf is left alone. */
   readonly resolvConf?: { readonly nameserver: Ipv4 };
+  /** Ports of this host that lead to the instance. */
+  readonly ports?: readonly PortMapping[];
+  /** Names of the link's two ends; default: a hash, and the first ethN that is free. */
+  readonly names?: { readonly host: string; readonly inner: string };
   /** The container whose process `target` is: its engine keeps the resolv.conf. */
   readonly container?: Container;
 }
@@ -69,6 +91,14 @@ export interface Attached {
   readonly resolvConf?: string;
 }
 
+/** What is attached, as the state file knows it. */
+export interface Listed extends Attached {
+  readonly id: string;
+  readonly namespaceIp: Ipv4;
+  readonly netns: string;
+  readonly ports: readonly PortMapping[];
+}
+
 const NETNS_DIR = '/run/netns';
 const NETNS_ETC = '/etc/netns';
 
@@ -78,7 +108,6 @@ export class Environment {
   readonly #names: EnvironmentOptions['names'];
   readonly #table: string;
   readonly #statePath: string;
-  #state: HostState | undefined;
   #queue: Promise<unknown> = Promise.resolve();
 
   constructor(options: EnvironmentOptions) {
@@ -92,29 +121,9 @@ export class Environment {
     this.#statePath = `${options.stateDir}/host.json`;
   }
 
-  /** Bridge with the subnet's first address, forwarding, our nftables table, and room beside Docker's FORWARD policy. */
+  /** Bridge, forwarding, our nftables table, and room beside Docker's FORWARD policy. */
   setupNode(request: NodeRequest): Promise<void> {
-    return this.#alone(async () => {
-      const before = await this.#load();
-      const platform = request.platform ?? DEFAULT_PLAN.platform;
-      const node = { ...this.#names, table: this.#table, ...request, platform };
-      const [observed, hadFilterTable] = await this.#observeNode(node);
-      const touches = observed.forward !== '1' && !('net/ipv4/ip_forward' in before.sysctls);
-      const madeTable = observed.iptables === 'absent' && !hadFilterTable;
-      await this.#change(
-        before,
-        {
-          ...before,
-          node,
-          sysctls: touches ? { ...before.sysctls, 'net/ipv4/ip_forward': observed.forward } : before.sysctls,
-          filterTableIsOurs: before.filterTableIsOurs || madeTable,
-        },
-        planNode(node, observed),
-        async () => {
-          if (madeTable) await this.#dropEmptyFilterTable();
-        },
-      );
-    });
+    return this.#alone(() => this.#setupNode(request));
   }
 
   /** Brings the packet loop's TUN device up and routes the service range to it. */
@@ -123,56 +132,14 @@ export class Environment {
       const state = await this.#load();
       const node = this.#nodeOf(state);
       const tun = checkLinkName(request.tun ?? node.tun, 'TUN');
-      const ipv6 = (await this.#observer.sysctl('net/ipv6/conf/all/disable_ipv6')) !== undefined;
+      const ipv6 = await this.#observer.hasIpv6();
       await this.#change(state, state, planTun(node, tun, request.services, ipv6));
     });
   }
 
+  /** @throws namespace_unknown, address_taken, port_taken, invalid_request, not_registered, host_command_failed */
   attach(request: AttachRequest): Promise<Attached> {
-    return this.#alone(async () => {
-      const state = await this.#load();
-      const node = this.#nodeOf(state);
-      const { path, identity } = await this.#netnsOf(request.target);
-      const known = state.attachments[request.id];
-      if (known !== undefined) {
-        if (await this.#holds(known, request, identity, node.bridge)) return attached(known);
-        await this.#detach(request.id);
-      }
-      const before = await this.#load();
-      const links = await this.#observer.links(path);
-      const resolv = await this.#resolvOf(request);
-      const plan: AttachState = {
-        id: request.id,
-        netns: path,
-        hostInterface: hostInterfaceOf(node.bridge, request.id),
-        inner: freeName(links.map((link) => link.ifname)),
-        namespaceIp: request.namespaceIp,
-        subnet: request.subnet,
-        platform: node.platform,
-        bridge: node.bridge,
-        mtu: request.mtu,
-        hasDefault: await this.#observer.hasDefaultRoute(path),
-        ipv6: (await this.#observer.sysctl('net/ipv6/conf/all/disable_ipv6')) !== undefined,
-        ...(resolv === undefined ? {} : { resolv }),
-      };
-      const attachment: Attachment = {
-        target: request.target.kind === 'pid' ? `pid ${request.target.pid}` : `netns ${request.target.name}`,
-        netns: path,
-        netnsId: identity,
-        hostInterface: plan.hostInterface,
-        inner: plan.inner,
-        namespaceIp: request.namespaceIp,
-        subnet: request.subnet,
-        mtu: request.mtu,
-        ...(resolv === undefined ? {} : { resolv: { ...resolv, made: [...resolv.made] } }),
-      };
-      await this.#change(
-        before,
-        { ...before, attachments: { ...before.attachments, [request.id]: attachment } },
-        planAttach(plan),
-      );
-      return attached(attachment);
-    });
+    return this.#alone(() => this.#attach(request));
   }
 
   /** Succeeds when the id, its link, namespace or process are gone. */
@@ -181,14 +148,106 @@ export class Environment {
   }
 
   /** What is attached as far as the state file knows, also from before a crash. */
-  attachments(): Promise<readonly (Attached & { readonly id: string; readonly namespaceIp: Ipv4 })[]> {
+  attachments(): Promise<readonly Listed[]> {
     return this.#alone(async () => {
       const state = await this.#load();
       return Object.entries(state.attachments).map(([id, one]) => ({
         id,
         namespaceIp: one.namespaceIp,
+        netns: one.netns,
+        ports: one.ports,
         ...attached(one),
       }));
+    });
+  }
+
+  /** The node as it is set up, if it is. */
+  node(): Promise<NodeState | undefined> {
+    return this.#alone(async () => (await this.#load()).node);
+  }
+
+  /** Publishes exactly these ports beside those of attachments. What a process of the host or an instance already
+   *  listens on is left out and returned with the reason. */
+  expose(
+    publications: readonly Publication[],
+  ): Promise<readonly { readonly publication: Publication; readonly reason: string }[]> {
+    return this.#alone(async () => {
+      const before = await this.#load();
+      const node = this.#nodeOf(before);
+      const taken = new Map(
+        [...(await this.#observer.listeners())].map((port) => [port, 'a process of this host']),
+      );
+      for (const [id, one] of Object.entries(before.attachments))
+        for (const port of one.ports) taken.set(`${port.protocol}/${port.source}`, `instance ${id}`);
+      const refused: { publication: Publication; reason: string }[] = [];
+      const exposed: Publication[] = [];
+      for (const publication of publications) {
+        const port = `${publication.protocol}/${publication.source}`;
+        const holder = taken.get(port);
+        if (holder !== undefined) refused.push({ publication, reason: `${port} belongs to ${holder}` });
+        else exposed.push(publication);
+        taken.set(port, 'another service');
+      }
+      const after = { ...before, exposed: exposed.map((one) => ({ ...one, targets: [...one.targets] })) };
+      if (JSON.stringify(after.exposed) !== JSON.stringify(before.exposed))
+        await this.#change(before, after, planRules(node, before, after));
+      return refused;
+    });
+  }
+
+  /** Adds or moves nodes that the carrier reaches. */
+  addPeers(peers: Readonly<Record<string, Peer>>): Promise<void> {
+    return this.#alone(async () => {
+      const before = await this.#load();
+      const node = this.#nodeOf(before);
+      const entries = Object.entries({ ...before.peers, ...peers });
+      for (const [id, { prefix }] of entries) {
+        if (overlaps(prefix, node.subnet))
+          throw new EdgewayError(
+            'subnet_taken',
+            `${formatCidr(prefix)} of node "${id}" overlaps ${formatCidr(node.subnet)} of this one`,
+          );
+        const other = entries.find(([name, peer]) => name !== id && overlaps(peer.prefix, prefix));
+        if (other !== undefined)
+          throw new EdgewayError(
+            'subnet_taken',
+            `${formatCidr(prefix)} of node "${id}" overlaps ${formatCidr(other[1].prefix)} of node "${other[0]}"`,
+          );
+      }
+      await this.#changePeers(before, Object.fromEntries(entries));
+    });
+  }
+
+  /** Succeeds when there is no such peer. */
+  removePeer(id: string): Promise<void> {
+    return this.#alone(async () => {
+      const before = await this.#load();
+      const { [id]: gone, ...peers } = before.peers;
+      if (gone !== undefined) await this.#changePeers(before, peers);
+    });
+  }
+
+  /** After a reboot: everything that the state file names is there again, with new namespaces where they were ours. */
+  restore(): Promise<void> {
+    return this.#alone(async () => {
+      const state = await this.#load();
+      const node = this.#nodeOf(state);
+      const { bridge: _bridge, tun: _tun, table: _table, foreign: _foreign, ...request } = node;
+      await this.#setupNode(exact(request));
+      for (const [id, one] of Object.entries(state.attachments)) {
+        if (one.netnsId !== '' && (await this.#observer.identity(one.netns)) === one.netnsId) continue;
+        if (!one.madeNetns) await this.#detach(id);
+        else
+          await this.#attach({
+            id,
+            target: { kind: 'netns', name: one.netns.slice(NETNS_DIR.length + 1), create: true },
+            namespaceIp: one.namespaceIp,
+            subnet: one.subnet,
+            mtu: one.mtu,
+            ports: one.ports,
+            names: { host: one.hostInterface, inner: one.inner },
+          });
+      }
     });
   }
 
@@ -196,8 +255,9 @@ export class Environment {
   cleanNode(): Promise<void> {
     return this.#alone(async () => {
       const state = await this.#load();
-      for (const id of Object.keys(state.attachments)) await this.#detach(id);
       await clear(this.#host, planClean(state.node ?? { ...this.#names, table: this.#table }));
+      for (const [id, one] of Object.entries(state.attachments))
+        await clear(this.#host, planDetach(undefined, one, await this.#resolvIsOurs(id, one), EMPTY_STATE));
       await this.#restoreSysctls(state);
       if (state.filterTableIsOurs) await this.#dropEmptyFilterTable();
       await this.#save(EMPTY_STATE);
@@ -217,14 +277,153 @@ export class Environment {
     return turn;
   }
 
-  async #load(): Promise<HostState> {
-    this.#state ??= await loadState(this.#host.files, this.#statePath);
-    return this.#state;
+  /** From disk each time: the library may run in several short-lived processes. */
+  #load(): Promise<HostState> {
+    return loadState(this.#host.files, this.#statePath);
   }
 
-  async #save(state: HostState): Promise<void> {
-    await saveState(this.#host.files, this.#statePath, state);
-    this.#state = state;
+  #save(state: HostState): Promise<void> {
+    return saveState(this.#host.files, this.#statePath, state);
+  }
+
+  async #setupNode(request: NodeRequest): Promise<void> {
+    const before = await this.#load();
+    const { gateway = layoutOf(request.subnet).bridge, isolated = true, ...rest } = request;
+    if (!contains(request.subnet, gateway))
+      throw new EdgewayError(
+        'invalid_request',
+        `${formatIpv4(gateway)} does not lie in ${formatCidr(request.subnet)}`,
+      );
+    const foreign = (await this.#foreignPrefixes(before)).filter(
+      (cidr) =>
+        request.platform !== undefined &&
+        overlaps(cidr, request.platform) &&
+        !overlaps(cidr, request.subnet) &&
+        !(request.services !== undefined && overlaps(cidr, request.services)),
+    );
+    const node: NodeState = {
+      ...this.#names,
+      table: this.#table,
+      ...rest,
+      gateway,
+      isolated,
+      foreign: [...foreign],
+    };
+    const observed = await this.#observeNode(node);
+    const madeTable =
+      observed.iptables === 'absent' &&
+      !(await this.#observer.succeeds(['nft', 'list', 'table', 'ip', 'filter']));
+    const touches = observed.forward !== '1' && !('net/ipv4/ip_forward' in before.sysctls);
+    const after: HostState = {
+      ...before,
+      node,
+      sysctls: touches ? { ...before.sysctls, 'net/ipv4/ip_forward': observed.forward } : before.sysctls,
+      filterTableIsOurs: before.filterTableIsOurs || madeTable,
+    };
+    await this.#change(before, after, planNode(after, node, observed), async () => {
+      if (madeTable) await this.#dropEmptyFilterTable();
+    });
+  }
+
+  async #attach(request: AttachRequest): Promise<Attached> {
+    const found = await this.#load();
+    const node = this.#nodeOf(found);
+    const target = await this.#netnsOf(request.target);
+    const known = found.attachments[request.id];
+    await this.#checkFree(found, request);
+    if (known !== undefined) {
+      if (await this.#holds(known, request, target.identity, node.bridge))
+        return attached(await this.#publish(found, node, request.id, known, request.ports ?? []));
+      await this.#detach(request.id);
+    } else if (target.create && target.identity !== '')
+      throw new EdgewayError(
+        'conflict',
+        `the network namespace ${target.path} is there already and not ours`,
+      );
+    const before = await this.#load();
+    const fresh = target.create || target.identity === '';
+    const links = fresh ? [] : await this.#observer.links(target.path);
+    const resolv = await this.#resolvOf(request);
+    const attachment: Attachment = {
+      target: request.target.kind === 'pid' ? `pid ${request.target.pid}` : `netns ${request.target.name}`,
+      netns: target.path,
+      // A namespace of our own making is known by its name.
+      netnsId: fresh ? '' : target.identity,
+      hostInterface: checkLinkName(
+        request.names?.host ?? linkName('ew', `${node.bridge}/${request.id}`),
+        'interface',
+      ),
+      inner: checkLinkName(request.names?.inner ?? freeName(links.map((link) => link.ifname)), 'interface'),
+      namespaceIp: request.namespaceIp,
+      subnet: request.subnet,
+      mtu: request.mtu,
+      madeNetns: target.create,
+      ports: [...(request.ports ?? [])],
+      ...(resolv === undefined ? {} : { resolv }),
+    };
+    const after = { ...before, attachments: { ...before.attachments, [request.id]: attachment } };
+    const seen = {
+      hasDefault: !fresh && (await this.#observer.hasDefaultRoute(target.path)),
+      ipv6: await this.#observer.hasIpv6(),
+    };
+    await this.#change(before, after, planAttach(node, request.id, attachment, seen, before, after));
+    return attached(attachment);
+  }
+
+  /** Other ports for an attachment that otherwise holds. */
+  async #publish(
+    before: HostState,
+    node: NodeState,
+    id: string,
+    known: Attachment,
+    ports: readonly PortMapping[],
+  ): Promise<Attachment> {
+    if (JSON.stringify(known.ports) === JSON.stringify(ports)) return known;
+    const changed = { ...known, ports: [...ports] };
+    const after = { ...before, attachments: { ...before.attachments, [id]: changed } };
+    await this.#change(before, after, planRules(node, before, after));
+    return changed;
+  }
+
+  /** The address and the ports belong to no other attachment, and no process of the host listens on the ports. */
+  async #checkFree(state: HostState, request: AttachRequest): Promise<void> {
+    const others = Object.entries(state.attachments).filter(([id]) => id !== request.id);
+    const holder = others.find(([, one]) => one.namespaceIp === request.namespaceIp);
+    if (holder !== undefined)
+      throw new EdgewayError(
+        'address_taken',
+        `${formatIpv4(request.namespaceIp)} belongs to instance ${holder[0]}`,
+      );
+    const wanted = request.ports ?? [];
+    if (wanted.length === 0) return;
+    const own = state.attachments[request.id]?.ports ?? [];
+    const rest = { attachments: Object.fromEntries(others), exposed: state.exposed };
+    const published = publicationsOf(rest);
+    const listeners = await this.#observer.listeners();
+    wanted.forEach(({ protocol, source }, at) => {
+      const same = (one: { readonly protocol: string; readonly source: number }): boolean =>
+        one.protocol === protocol && one.source === source;
+      const by = wanted.slice(0, at).some(same)
+        ? 'wanted twice'
+        : published.some(same)
+          ? 'published for another instance'
+          : !own.some(same) && listeners.has(`${protocol}/${source}`)
+            ? 'held by a process of this host'
+            : undefined;
+      if (by !== undefined)
+        throw new EdgewayError(
+          'port_taken',
+          `${protocol} port ${source} for instance ${request.id} is ${by}`,
+        );
+    });
+  }
+
+  async #changePeers(before: HostState, peers: HostState['peers']): Promise<void> {
+    const node = this.#nodeOf(before);
+    if (node.carrier === undefined)
+      throw new EdgewayError('invalid_request', 'this node was set up without a carrier to other nodes');
+    const after = { ...before, peers };
+    await this.#change(before, after, planPeers(node, node.carrier, before, after));
   }
 
   /** Journal first, then the host; when the plan fails and was undone, the journal goes back too. */
@@ -242,40 +441,31 @@ export class Environment {
     throw failure.error;
   }
 
-  #nodeOf(state: HostState): NonNullable<HostState['node']> {
+  #nodeOf(state: HostState): NodeState {
     if (state.node === undefined)
       throw new EdgewayError('not_registered', 'the node has no network yet: set it up first');
     return state.node;
   }
 
   async #foreignPrefixes(state: HostState): Promise<readonly Cidr[]> {
-    const ours = new Set([this.#names.bridge, this.#names.tun]);
+    const ours = new Set([this.#names.bridge, this.#names.tun, state.node?.carrier?.device]);
     for (const one of Object.values(state.attachments)) ours.add(one.hostInterface);
     return await this.#observer.prefixes((link) => ours.has(link));
   }
 
-  async #observeNode(node: NonNullable<HostState['node']>): Promise<[Observed, boolean]> {
+  async #observeNode(node: NodeState): Promise<Observed> {
     const observer = this.#observer;
     const forward = await observer.sysctl('net/ipv4/ip_forward');
     if (forward === undefined)
       throw new EdgewayError('host_unsupported', 'this kernel has no net.ipv4.ip_forward');
-    const addresses = await observer.addresses();
-    const foreign = (await this.#foreignPrefixes(await this.#load())).filter(
-      (cidr) => !overlaps(cidr, node.subnet) && !overlaps(cidr, node.services),
-    );
-    const hadFilterTable = await observer.succeeds(['nft', 'list', 'table', 'ip', 'filter']);
-    return [
-      {
-        bridgeExists: (await observer.links()).some((link) => link.ifname === node.bridge),
-        bridgeAddresses: addresses.get(node.bridge) ?? [],
-        forward,
-        ipv6: (await observer.sysctl('net/ipv6/conf/all/disable_ipv6')) !== undefined,
-        tableExists: await observer.succeeds(['nft', 'list', 'table', 'inet', node.table]),
-        iptables: await this.#observeIptables(node.bridge),
-        foreign,
-      },
-      hadFilterTable,
-    ];
+    return {
+      links: (await observer.links()).map((link) => link.ifname),
+      bridgeAddresses: (await observer.addresses()).get(node.bridge) ?? [],
+      forward,
+      ipv6: await observer.hasIpv6(),
+      tableExists: await observer.succeeds(['nft', 'list', 'table', 'inet', node.table]),
+      iptables: await this.#observeIptables(node.bridge),
+    };
   }
 
   async #observeIptables(bridge: string): Promise<Observed['iptables']> {
@@ -290,13 +480,21 @@ export class Environment {
     return 'absent';
   }
 
-  async #netnsOf(target: AttachTarget): Promise<{ path: string; identity: string }> {
-    if (target.kind === 'netns' && !/^[a-zA-Z0-9_.-]{1,255}$/.test(target.name))
+  /** `identity` is empty for a namespace that is to be made. */
+  async #netnsOf(
+    target: AttachTarget,
+  ): Promise<{ readonly path: string; readonly identity: string; readonly create: boolean }> {
+    if (
+      target.kind === 'netns' &&
+      (!/^[a-zA-Z0-9_.-]{1,255}$/.test(target.name) || /^\.+$/.test(target.name))
+    )
       throw new EdgewayError('invalid_request', `"${target.name}" is not a network namespace's name`);
     if (target.kind === 'pid' && !(Number.isInteger(target.pid) && target.pid > 0))
       throw new EdgewayError('invalid_request', `${target.pid} is not a process id`);
     const path = target.kind === 'netns' ? `${NETNS_DIR}/${target.name}` : `/proc/${target.pid}/ns/net`;
+    const create = target.kind === 'netns' && target.create === true;
     const identity = await this.#observer.identity(path);
+    if (identity === undefined && create) return { path, identity: '', create };
     if (identity === undefined)
       throw new EdgewayError(
         'namespace_unknown',
@@ -309,7 +507,7 @@ export class Environment {
         'invalid_request',
         `${target.kind === 'pid' ? `process ${target.pid}` : `namespace "${target.name}"`} lives in the host's own network namespace: give it one of its own`,
       );
-    return { path, identity };
+    return { path, identity, create };
   }
 
   /** The attachment is as the request wants it, on the host too. */
@@ -319,9 +517,9 @@ export class Environment {
     identity: string,
     bridge: string,
   ): Promise<boolean> {
-    if (known.netnsId !== identity || known.namespaceIp !== request.namespaceIp || known.mtu !== request.mtu)
-      return false;
-    if (known.subnet.base !== request.subnet.base || known.subnet.bits !== request.subnet.bits) return false;
+    if (identity === '' || (!known.madeNetns && known.netnsId !== identity)) return false;
+    if (known.namespaceIp !== request.namespaceIp || known.mtu !== request.mtu) return false;
+    if (formatCidr(known.subnet) !== formatCidr(request.subnet)) return false;
     const links = await this.#observer.links();
     if (!links.some((link) => link.ifname === known.hostInterface && link.master === bridge)) return false;
     const inside = (await this.#observer.addresses(known.netns)).get(known.inner) ?? [];
@@ -334,9 +532,10 @@ export class Environment {
     const state = await this.#load();
     const known = state.attachments[id];
     if (known === undefined) return;
-    await clear(this.#host, planDetach(known, await this.#resolvIsOurs(id, known)));
     const { [id]: _gone, ...attachments } = state.attachments;
-    await this.#save({ ...state, attachments });
+    const after = { ...state, attachments };
+    await clear(this.#host, planDetach(state.node, known, await this.#resolvIsOurs(id, known), after));
+    await this.#save(after);
   }
 
   async #resolvIsOurs(id: string, { resolv }: Attachment): Promise<boolean> {
@@ -345,7 +544,7 @@ export class Environment {
   }
 
   /** Which file the instance reads, what it holds now. Undefined: none that is the instance's own. */
-  async #resolvOf(request: AttachRequest): Promise<ResolvState | undefined> {
+  async #resolvOf(request: AttachRequest): Promise<Attachment['resolv']> {
     if (request.resolvConf === undefined) return undefined;
     const { nameserver } = request.resolvConf;
     const { target } = request;
@@ -418,9 +617,11 @@ function attached(one: Attachment): Attached {
   };
 }
 
-/** `ew` and a hash of bridge and id: two environments on one host never meet. */
-function hostInterfaceOf(bridge: string, id: string): string {
-  return linkName('ew', `${bridge}/${id}`);
+/** Without the keys whose value is undefined. */
+function exact<T extends object>(value: T): { [K in keyof T]: Exclude<T[K], undefined> } {
+  return Object.fromEntries(Object.entries(value).filter(([, one]) => one !== undefined)) as {
+    [K in keyof T]: Exclude<T[K], undefined>;
+  };
 }
 
 function freeName(taken: readonly string[]): string {

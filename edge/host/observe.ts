@@ -68,6 +68,25 @@ export class Observer {
     return result.status === 0 ? result.stdout.trim() : undefined;
   }
 
+  /** False where the kernel runs without IPv6. */
+  async hasIpv6(): Promise<boolean> {
+    return (await this.sysctl('net/ipv6/conf/all/disable_ipv6')) !== undefined;
+  }
+
+  /** Ports that a process listens on, other than on loopback alone: `tcp/80`. */
+  async listeners(): Promise<ReadonlySet<string>> {
+    const result = await this.#runner.run(['ss', '-Hlntu']);
+    if (result.status !== 0)
+      throw new EdgewayError('host_command_failed', `ss -Hlntu: ${result.stderr.trim()}`);
+    const found = new Set<string>();
+    for (const line of result.stdout.split('\n')) {
+      const [protocol, , , , local = ''] = line.split(/\s+/);
+      const colon = local.lastIndexOf(':');
+      if (colon > 0 && !/^(?:127\.|\[::1\])/.test(local)) found.add(`${protocol}/${local.slice(colon + 1)}`);
+    }
+    return found;
+  }
+
   async succeeds(argv: readonly string[]): Promise<boolean> {
     return (await this.#runner.run(argv)).status === 0;
   }

@@ -2,10 +2,11 @@
 // is reviewed and tested as plain text (`formatPlan`). It refuses to name anything that is not ours: every link,
 // table and chain below carries our own name, and what belongs to others is put back as it was.
 import { createHash } from 'node:crypto';
-import { type Cidr, formatCidr, formatIpv4, type Ipv4, overlaps } from '../../src/addr.ts';
+import { type Cidr, formatCidr, formatIpv4, type Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import { INTERFACE_NAME_MAX } from '../../src/limits.ts';
-import { layoutOf } from '../../src/plan.ts';
+import { dropRules, ownLinks, rulesOf } from './rules.ts';
+import type { Attachment, HostState, NodeState, Peer } from './state.ts';
 
 /** A program run on the host. `netns` is a path such as /run/netns/NAME or /proc/PID/ns/net. */
 export type CommandAction =
@@ -26,13 +27,14 @@ export type Action = CommandAction | FileAction;
 export interface Step {
   readonly act: Action;
   readonly undo: readonly Action[];
+  /** `act` takes something away, and finding nothing is a success. */
+  readonly lenient?: true;
 }
 
 export type Plan = readonly Step[];
 
 /** What is there, as far as a plan depends on it. */
 export interface Observed {
-  readonly bridgeExists: boolean;
   /** IPv4 addresses of the bridge, `a.b.c.d/len`. */
   readonly bridgeAddresses: readonly string[];
   /** Value of net/ipv4/ip_forward. */
@@ -43,19 +45,8 @@ export interface Observed {
   readonly tableExists: boolean;
   /** Our chain in iptables: absent, present, or the program is not installed. */
   readonly iptables: 'absent' | 'present' | 'not-installed';
-  /** Prefixes of the host that lie inside the platform and are not ours: instances may go there. */
-  readonly foreign: readonly Cidr[];
-}
-
-export interface NodeState {
-  readonly bridge: string;
-  readonly tun: string;
-  /** Name of our nftables table. */
-  readonly table: string;
-  readonly subnet: Cidr;
-  readonly services: Cidr;
-  readonly platform: Cidr;
-  readonly mtu: number;
+  /** Links that are there. */
+  readonly links: readonly string[];
 }
 
 /** iptables chain for hosts whose FORWARD policy is DROP (Docker's); our own restrictions are in nftables. */
@@ -93,17 +84,14 @@ const sysctl = (path: string, value: string, netns?: string): Action => ({
 });
 const step = (act: Action, ...undo: readonly Action[]): Step => ({ act, undo });
 
-/** Bridge, forwarding, rules. Without the TUN: the packet loop makes that (see planTun). */
-export function planNode(state: NodeState, observed: Observed): Plan {
-  const { bridge, subnet, mtu } = state;
-  const address = `${formatIpv4(layoutOf(subnet).bridge)}/${subnet.bits}`;
+/** Bridge, forwarding, rules, carrier. Without the TUN: the packet loop makes that (see planTun). */
+export function planNode(after: HostState, node: NodeState, observed: Observed): Plan {
+  const { bridge, mtu, carrier } = node;
+  const address = `${formatIpv4(node.gateway)}/${node.subnet.bits}`;
   const steps: Step[] = [];
-  if (!observed.bridgeExists)
+  if (!observed.links.includes(bridge))
     steps.push(
-      step(
-        ip(`link add ${bridge} address ${macOf(layoutOf(subnet).bridge)} type bridge`),
-        ip(`link del ${bridge}`),
-      ),
+      step(ip(`link add ${bridge} address ${macOf(node.gateway)} type bridge`), ip(`link del ${bridge}`)),
     );
   if (observed.ipv6) steps.push(step(sysctl(`net/ipv6/conf/${bridge}/disable_ipv6`, '1')));
   // Strict (RFC 3704 §2.2): from the bridge only the subnet's own addresses, whatever conf.all says.
@@ -121,11 +109,70 @@ export function planNode(state: NodeState, observed: Observed): Plan {
     steps.push(step(sysctl('net/ipv4/ip_forward', '1'), sysctl('net/ipv4/ip_forward', observed.forward)));
   steps.push(
     step(
-      { kind: 'nft', ruleset: nodeRules(state, observed.foreign) },
-      ...(observed.tableExists ? [] : [nftDelete(state.table)]),
+      { kind: 'nft', ruleset: rulesOf(node, after) },
+      ...(observed.tableExists ? [] : [nftDrop(node.table)]),
     ),
   );
-  if (observed.iptables === 'absent') steps.push(...planIptables(state));
+  if (carrier !== undefined) {
+    if (!observed.links.includes(carrier.device))
+      steps.push(
+        step(
+          ip(`link add ${carrier.device} mtu ${mtu} type vxlan dstport ${carrier.port} external gpe`),
+          ip(`link del ${carrier.device}`),
+        ),
+      );
+    if (observed.ipv6) steps.push(step(sysctl(`net/ipv6/conf/${carrier.device}/disable_ipv6`, '1')));
+    steps.push(step(sysctl(`net/ipv4/conf/${carrier.device}/rp_filter`, '1')));
+    steps.push(step(ip(`link set ${carrier.device} mtu ${mtu} up`)));
+    for (const peer of Object.values(after.peers)) steps.push(peerRoute(node, carrier, peer));
+  }
+  if (observed.iptables === 'absent') steps.push(...planIptables(node));
+  return steps;
+}
+
+type Carrier = NonNullable<NodeState['carrier']>;
+
+/** The route says which node: one device carries to all of them (ip-route(8), `encap ip`). */
+function peerRoute(node: NodeState, carrier: Carrier, peer: Peer): Step {
+  return step(
+    ip(
+      `route replace ${formatCidr(peer.prefix)} encap ip id ${carrier.vni} dst ${formatIpv4(peer.endpoint)} dev ${carrier.device} src ${formatIpv4(node.gateway)}`,
+    ),
+    peerRouteGone(carrier, peer),
+  );
+}
+
+function peerRouteGone(carrier: Carrier, peer: Peer): Action {
+  return ip(`route del ${formatCidr(peer.prefix)} dev ${carrier.device}`);
+}
+
+/** New rules for a state that changed; the old ones come back if it does not hold. */
+export function planRules(node: NodeState, before: HostState, after: HostState): Plan {
+  return [
+    step({ kind: 'nft', ruleset: rulesOf(node, after) }, { kind: 'nft', ruleset: rulesOf(node, before) }),
+  ];
+}
+
+/** Peers that came, went or moved, with the rules that let them in. */
+export function planPeers(node: NodeState, carrier: Carrier, before: HostState, after: HostState): Plan {
+  const steps: Step[] = [];
+  for (const [id, peer] of Object.entries(before.peers)) {
+    const now = after.peers[id];
+    if (now !== undefined && formatCidr(now.prefix) === formatCidr(peer.prefix)) continue;
+    // Deleting is repeatable: a route that is gone already is what we want.
+    steps.push({
+      act: peerRouteGone(carrier, peer),
+      undo: [peerRoute(node, carrier, peer).act],
+      lenient: true,
+    });
+  }
+  steps.push(...planRules(node, before, after));
+  for (const [id, peer] of Object.entries(after.peers)) {
+    const old = before.peers[id];
+    const route = peerRoute(node, carrier, peer);
+    const same = old !== undefined && formatCidr(old.prefix) === formatCidr(peer.prefix);
+    steps.push(same ? { act: route.act, undo: [peerRoute(node, carrier, old).act] } : route);
+  }
   return steps;
 }
 
@@ -136,29 +183,28 @@ function macOf(address: Ipv4): string {
   return `02:45:${octets.join(':')}`;
 }
 
-/** Takes away what planNode and planTun made; each action may find nothing. The sysctl goes last: see Environment. */
-export function planClean(state: {
-  readonly bridge: string;
-  readonly tun: string;
-  readonly table: string;
-}): readonly Action[] {
+/** Takes away what planNode and planTun made; each action may find nothing. */
+export function planClean(
+  node: Pick<NodeState, 'bridge' | 'tun' | 'table'> & { readonly carrier?: Carrier | undefined },
+): readonly Action[] {
   return [
-    ip(`link del ${state.tun}`),
-    ip(`link del ${state.bridge}`),
-    nftDelete(state.table),
-    ...iptablesClean(state.bridge),
+    ...(node.carrier === undefined ? [] : [ip(`link del ${node.carrier.device}`)]),
+    ip(`link del ${node.tun}`),
+    ip(`link del ${node.bridge}`),
+    nftDrop(node.table),
+    ...iptablesClean(node.bridge),
   ];
 }
 
 /** After the packet loop has made the TUN device. It needs no address: the bridge's is the source of the host's own
  *  packets to services. */
-export function planTun(state: NodeState, tun: string, services: Cidr, forwardedIpv6: boolean): Plan {
-  const source = formatIpv4(layoutOf(state.subnet).bridge);
+export function planTun(node: NodeState, tun: string, services: Cidr, forwardedIpv6: boolean): Plan {
+  const source = formatIpv4(node.gateway);
   return [
     ...(forwardedIpv6 ? [step(sysctl(`net/ipv6/conf/${tun}/disable_ipv6`, '1'))] : []),
     step(sysctl(`net/ipv4/conf/${tun}/rp_filter`, '1')),
     step(sysctl(`net/ipv4/conf/${tun}/route_localnet`, '0')),
-    step(ip(`link set ${tun} mtu ${state.mtu} up`), ip(`link set ${tun} down`)),
+    step(ip(`link set ${tun} mtu ${node.mtu} up`), ip(`link set ${tun} down`)),
     step(
       ip(`route replace ${formatCidr(services)} dev ${tun} src ${source}`),
       ip(`route del ${formatCidr(services)} dev ${tun}`),
@@ -166,17 +212,14 @@ export function planTun(state: NodeState, tun: string, services: Cidr, forwarded
   ];
 }
 
-function planIptables(state: NodeState): Plan {
-  const chain = chainOf(state.bridge);
-  const undo = iptablesClean(state.bridge);
+function planIptables(node: NodeState): Plan {
+  const chain = chainOf(node.bridge);
+  const undo = iptablesClean(node.bridge);
   const accept = (match: string): Step =>
     step({ kind: 'iptables', args: `-A ${chain} ${match} -m comment --comment edgeway -j ACCEPT` });
   return [
     step({ kind: 'iptables', args: `-N ${chain}` }, ...undo),
-    accept(`-i ${state.bridge}`),
-    accept(`-o ${state.bridge}`),
-    accept(`-i ${state.tun}`),
-    accept(`-o ${state.tun}`),
+    ...ownLinks(node).flatMap((link) => [accept(`-i ${link}`), accept(`-o ${link}`)]),
     step({ kind: 'iptables', args: `-I FORWARD -m comment --comment edgeway -j ${chain}` }),
   ];
 }
@@ -190,99 +233,8 @@ export function iptablesClean(bridge: string): readonly Action[] {
   ];
 }
 
-/** `add` before `delete` makes the deletion succeed whether or not the table is there. */
-function nftDelete(table: string): Action {
-  return { kind: 'nft', ruleset: `table inet ${table}\ndelete table inet ${table}\n` };
-}
-
-/** The whole table, replaced in one transaction. */
-export function nodeRules(state: NodeState, foreign: readonly Cidr[]): string {
-  const { bridge, tun, table } = state;
-  const layout = layoutOf(state.subnet);
-  const gateway = formatIpv4(layout.bridge);
-  const subnet = formatCidr(state.subnet);
-  const services = formatCidr(state.services);
-  const inside = widest(foreign.filter((cidr) => overlaps(cidr, state.platform))).map(formatCidr);
-  const exempt = inside.length === 0 ? '' : `ip daddr != { ${inside.join(', ')} } `;
-  return `table inet ${table}
-delete table inet ${table}
-table inet ${table} {
-  # DNS on the bridge and overlay packets need no connection tracking: the proxy keeps the flows.
-  chain untracked {
-    type filter hook prerouting priority raw; policy accept;
-    iifname "${bridge}" ip daddr ${gateway} udp dport { 53, 5353 } notrack
-    iifname "${bridge}" ip daddr ${gateway} tcp dport 53 notrack
-    iifname "${bridge}" ip saddr ${subnet} ip daddr ${services} notrack
-    iifname "${tun}" ip daddr ${subnet} ip daddr != ${gateway} notrack
-  }
-  chain untracked_out {
-    type filter hook output priority raw; policy accept;
-    oifname "${bridge}" ip saddr ${gateway} udp sport { 53, 5353 } notrack
-    oifname "${bridge}" ip saddr ${gateway} tcp sport 53 notrack
-  }
-  # An instance reaches of this host its nameserver and nothing else.
-  chain input {
-    type filter hook input priority filter; policy accept;
-    iifname != "${bridge}" accept
-    ip daddr { ${gateway}, 224.0.0.251 } udp dport { 53, 5353 } accept
-    ip daddr ${gateway} tcp dport 53 accept
-    ip daddr ${gateway} icmp type echo-request accept
-    ct state established,related accept
-    ip protocol igmp accept
-    reject with icmpx type admin-prohibited
-  }
-  chain forward {
-    type filter hook forward priority filter; policy accept;
-    iifname "${bridge}" oifname "${tun}" accept
-    iifname "${tun}" oifname "${bridge}" accept
-    # Instances meet only through the ProxyTUN.
-    iifname "${bridge}" oifname "${bridge}" drop
-    # The platform's addresses never leave by another way than the TUN.
-    iifname "${bridge}" ip daddr ${formatCidr(state.platform)} ${exempt}reject with icmpx type admin-prohibited
-    oifname "${bridge}" ct state established,related accept
-    oifname "${bridge}" drop
-  }
-  chain outside {
-    type nat hook postrouting priority srcnat; policy accept;
-    ip saddr ${subnet} oifname != { "${bridge}", "${tun}" } masquerade
-  }
-}
-`;
-}
-
-/** Prefixes that lie in no other of them: nft refuses intervals that overlap. */
-function widest(prefixes: readonly Cidr[]): readonly Cidr[] {
-  const kept: Cidr[] = [];
-  for (const prefix of prefixes.toSorted((a, b) => a.bits - b.bits))
-    if (!kept.some((wider) => overlaps(wider, prefix))) kept.push(prefix);
-  return kept;
-}
-
-export interface AttachState {
-  readonly id: string;
-  /** Path of the network namespace. */
-  readonly netns: string;
-  readonly hostInterface: string;
-  /** Name inside the namespace. */
-  readonly inner: string;
-  readonly namespaceIp: Ipv4;
-  readonly subnet: Cidr;
-  readonly platform: Cidr;
-  readonly bridge: string;
-  readonly mtu: number;
-  /** A default route is there already: only the platform goes through us. */
-  readonly hasDefault: boolean;
-  readonly ipv6: boolean;
-  readonly resolv?: ResolvState;
-}
-
-export interface ResolvState {
-  readonly path: string;
-  readonly nameserver: Ipv4;
-  /** Content before us; undefined when there was no such file. */
-  readonly before?: string | undefined;
-  /** Directories that hold the file and exist only for it, outermost first. */
-  readonly made: readonly string[];
+function nftDrop(table: string): Action {
+  return { kind: 'nft', ruleset: dropRules(table) };
 }
 
 /** What an instance's resolv.conf holds: exactly one nameserver (design §4). The first line tells ours from others'. */
@@ -290,35 +242,59 @@ export function resolvContent(id: string, nameserver: Ipv4): string {
   return `# edgeway: instance ${id}\nnameserver ${formatIpv4(nameserver)}\noptions ndots:1\n`;
 }
 
-export function planAttach(state: AttachState): Plan {
-  const { hostInterface, inner, netns, bridge, mtu, subnet } = state;
-  const gateway = formatIpv4(layoutOf(subnet).bridge);
-  const address = `${formatIpv4(state.namespaceIp)}/${subnet.bits}`;
+/** What the plan must know of the namespace and the kernel beside the attachment itself. */
+export interface AttachSeen {
+  /** A default route is there already: only the platform goes through us. */
+  readonly hasDefault: boolean;
+  readonly ipv6: boolean;
+}
+
+export function planAttach(
+  node: NodeState,
+  id: string,
+  one: Attachment,
+  seen: AttachSeen,
+  before: HostState,
+  after: HostState,
+): Plan {
+  const { hostInterface, inner, netns, mtu } = one;
+  const gateway = formatIpv4(node.gateway);
   const inside = (args: string): Step => step(ip(args, netns));
-  const steps: Step[] = [
+  const steps: Step[] = [];
+  // Not in an `ip -batch`: making a namespace moves the program that makes it.
+  if (one.madeNetns)
+    steps.push(
+      step(
+        { kind: 'run', argv: ['ip', 'netns', 'add', basename(netns)] },
+        { kind: 'run', argv: ['ip', 'netns', 'del', basename(netns)] },
+      ),
+    );
+  steps.push(
     step(
       ip(`link add ${hostInterface} mtu ${mtu} type veth peer name ${inner} mtu ${mtu} netns ${netns}`),
       ip(`link del ${hostInterface}`),
     ),
     step(ip(`link set ${hostInterface} addrgenmode none`)),
-    step(ip(`link set ${hostInterface} master ${bridge}`)),
-    step(ip(`link set ${hostInterface} type bridge_slave isolated on`)),
-    step(ip(`link set ${hostInterface} up`)),
-  ];
-  if (state.ipv6) steps.push(step(sysctl(`net/ipv6/conf/${inner}/disable_ipv6`, '1', netns)));
+    step(ip(`link set ${hostInterface} master ${node.bridge}`)),
+  );
+  if (node.isolated) steps.push(step(ip(`link set ${hostInterface} type bridge_slave isolated on`)));
+  steps.push(step(ip(`link set ${hostInterface} up`)));
+  if (seen.ipv6) steps.push(step(sysctl(`net/ipv6/conf/${inner}/disable_ipv6`, '1', netns)));
   steps.push(
     inside('link set lo up'),
-    inside(`addr add ${address} dev ${inner}`),
+    inside(`addr add ${formatIpv4(one.namespaceIp)}/${one.subnet.bits} dev ${inner}`),
     inside(`link set ${inner} up`),
   );
-  if (state.hasDefault)
-    steps.push(inside(`route replace ${formatCidr(state.platform)} via ${gateway} dev ${inner}`));
-  else steps.push(inside(`route add default via ${gateway} dev ${inner}`));
-  if (state.resolv !== undefined) steps.push(...planResolv(state.id, state.resolv));
+  if (!seen.hasDefault) steps.push(inside(`route add default via ${gateway} dev ${inner}`));
+  else if (node.platform !== undefined)
+    steps.push(inside(`route replace ${formatCidr(node.platform)} via ${gateway} dev ${inner}`));
+  if (one.resolv !== undefined) steps.push(...planResolv(id, one.resolv));
+  // Last, so that a published port never leads to an instance that is not there.
+  if (one.ports.length > 0) steps.push(...planRules(node, before, after));
   return steps;
 }
 
-function planResolv(id: string, resolv: ResolvState): Plan {
+function planResolv(id: string, resolv: NonNullable<Attachment['resolv']>): Plan {
   const steps: Step[] = resolv.made.map((directory) =>
     step({ kind: 'run', argv: ['mkdir', '-p', directory] }, { kind: 'run', argv: ['rmdir', directory] }),
   );
@@ -331,7 +307,7 @@ function planResolv(id: string, resolv: ResolvState): Plan {
   return steps;
 }
 
-function resolvRestore(resolv: ResolvState): readonly Action[] {
+function resolvRestore(resolv: NonNullable<Attachment['resolv']>): readonly Action[] {
   return resolv.before === undefined
     ? [{ kind: 'remove', path: resolv.path }]
     : [{ kind: 'writeInPlace', path: resolv.path, content: resolv.before }];
@@ -339,15 +315,25 @@ function resolvRestore(resolv: ResolvState): readonly Action[] {
 
 /** `resolvIsOurs`: the file still holds what we wrote; anything else belongs to somebody else by now. */
 export function planDetach(
-  state: { readonly hostInterface: string; readonly resolv?: ResolvState | undefined },
+  node: NodeState | undefined,
+  one: Attachment,
   resolvIsOurs: boolean,
+  after: HostState,
 ): readonly Action[] {
-  const actions: Action[] = [ip(`link del ${state.hostInterface}`)];
-  if (state.resolv === undefined) return actions;
-  if (resolvIsOurs) actions.push(...resolvRestore(state.resolv));
-  for (const directory of state.resolv.made.toReversed())
+  const actions: Action[] = [];
+  if (node !== undefined && one.ports.length > 0)
+    actions.push({ kind: 'nft', ruleset: rulesOf(node, after) });
+  actions.push(ip(`link del ${one.hostInterface}`));
+  if (one.madeNetns) actions.push({ kind: 'run', argv: ['ip', 'netns', 'del', basename(one.netns)] });
+  if (one.resolv === undefined) return actions;
+  if (resolvIsOurs) actions.push(...resolvRestore(one.resolv));
+  for (const directory of one.resolv.made.toReversed())
     actions.push({ kind: 'run', argv: ['rmdir', directory] });
   return actions;
+}
+
+function basename(path: string): string {
+  return path.slice(path.lastIndexOf('/') + 1);
 }
 
 /** One line per action, as an operator would type it; the lines of a file or a ruleset are indented below it. */

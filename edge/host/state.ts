@@ -1,9 +1,9 @@
 // The journal of what we changed on this host, on disk before it is done, so that a crash leaves nothing that cannot
 // be cleaned up. It refuses to guess: a file that cannot be read is an error that names it.
 import * as v from 'valibot';
-import { formatCidr, formatIpv4 } from '../../src/addr.ts';
+import { type Cidr, formatCidr, formatIpv4, ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
-import { cidrSchema, describeIssues, ipv4Schema } from '../../src/records.ts';
+import { cidrSchema, describeIssues, ipv4Schema, portSchema } from '../../src/records.ts';
 import type { Files } from '../ports.ts';
 
 const resolvSchema = v.object({
@@ -12,6 +12,9 @@ const resolvSchema = v.object({
   before: v.optional(v.string()),
   made: v.array(v.string()),
 });
+
+const protocolSchema = v.picklist(['tcp', 'udp']);
+const mappingSchema = v.object({ source: portSchema, destination: portSchema, protocol: protocolSchema });
 
 const attachmentSchema = v.object({
   /** For people: `netns NAME` or `pid N`. */
@@ -24,17 +27,40 @@ const attachmentSchema = v.object({
   namespaceIp: ipv4Schema,
   subnet: cidrSchema,
   mtu: v.number(),
+  /** The namespace is ours: made with the attachment, deleted with it. */
+  madeNetns: v.boolean(),
+  /** Ports of this host that lead to the instance. */
+  ports: v.array(mappingSchema),
   resolv: v.optional(resolvSchema),
 });
 
 const nodeSchema = v.object({
   bridge: v.string(),
   tun: v.string(),
+  /** Name of our nftables table. */
   table: v.string(),
   subnet: cidrSchema,
-  services: cidrSchema,
-  platform: cidrSchema,
+  /** The bridge's address: gateway, and nameserver where there is one. */
+  gateway: ipv4Schema,
+  /** Range that the TUN serves; absent where there is no ProxyTUN. */
+  services: v.optional(cidrSchema),
+  /** Addresses that never leave by another way than ours. */
+  platform: v.optional(cidrSchema),
   mtu: v.number(),
+  /** Instances reach each other only through the ProxyTUN. */
+  isolated: v.boolean(),
+  /** The kernel's own VXLAN-GPE device, where it carries packets between nodes. */
+  carrier: v.optional(v.object({ device: v.string(), vni: v.number(), port: portSchema })),
+  /** Prefixes of the host that lie inside the platform and are not ours: instances may go there. */
+  foreign: v.array(cidrSchema),
+});
+
+const peerSchema = v.object({ prefix: cidrSchema, endpoint: ipv4Schema });
+
+const exposedSchema = v.object({
+  protocol: protocolSchema,
+  source: portSchema,
+  targets: v.array(v.object({ address: ipv4Schema, port: portSchema })),
 });
 
 const stateSchema = v.object({
@@ -45,12 +71,25 @@ const stateSchema = v.object({
   /** iptables had no filter table before us. */
   filterTableIsOurs: v.boolean(),
   attachments: v.record(v.string(), attachmentSchema),
+  /** Ports of this host that lead to services. */
+  exposed: v.optional(v.array(exposedSchema), []),
+  /** Other nodes, by id, whose prefixes the carrier reaches. */
+  peers: v.optional(v.record(v.string(), peerSchema), {}),
 });
 
+export type NodeState = v.InferOutput<typeof nodeSchema>;
+export type Peer = v.InferOutput<typeof peerSchema>;
 export type Attachment = v.InferOutput<typeof attachmentSchema>;
 export type HostState = v.InferOutput<typeof stateSchema>;
 
-export const EMPTY_STATE: HostState = { v: 1, sysctls: {}, filterTableIsOurs: false, attachments: {} };
+export const EMPTY_STATE: HostState = {
+  v: 1,
+  sysctls: {},
+  filterTableIsOurs: false,
+  attachments: {},
+  exposed: [],
+  peers: {},
+};
 
 /** What is on disk, or the empty state. */
 export async function loadState(files: Files, path: string): Promise<HostState> {
@@ -77,12 +116,13 @@ export async function saveState(files: Files, path: string, state: HostState): P
   await files.write(path, `${text}\n`);
 }
 
-/** Addresses are text on disk. */
+const ADDRESSES = new Set(['namespaceIp', 'nameserver', 'gateway', 'endpoint', 'address']);
+
+/** Addresses and prefixes are text on disk. */
 function replacer(key: string, value: unknown): unknown {
-  if ((key === 'namespaceIp' || key === 'nameserver') && typeof value === 'number')
-    return formatIpv4(value as Parameters<typeof formatIpv4>[0]);
-  if ((key === 'subnet' || key === 'services' || key === 'platform') && typeof value === 'object')
-    return formatCidr(value as Parameters<typeof formatCidr>[0]);
+  if (typeof value === 'number') return ADDRESSES.has(key) ? formatIpv4(ipv4(value)) : value;
+  if (typeof value === 'object' && value !== null && 'base' in value && 'bits' in value)
+    return formatCidr(value as Cidr);
   return value;
 }
 

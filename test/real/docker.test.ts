@@ -11,9 +11,9 @@ import { dockerEngine, targetsOf } from '../../edge/io/docker.ts';
 import type { Container } from '../../edge/ports.ts';
 import { type Dockerd, importBusybox, startDockerd } from '../../scripts/docker_lab.ts';
 import { EdgewayError } from '../../src/error.ts';
-import { address, GATEWAY, HostLab, MTU, reaches, SERVICES, SUBNET, within } from './host_lab.ts';
+import { address, GATEWAY, HostLab, MTU, PLATFORM, reaches, SERVICES, SUBNET, within } from './host_lab.ts';
 
-const node = { subnet: SUBNET, services: SERVICES, mtu: MTU };
+const node = { subnet: SUBNET, services: SERVICES, platform: PLATFORM, mtu: MTU };
 
 async function codeOf(promise: Promise<unknown>): Promise<string> {
   try {

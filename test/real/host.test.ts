@@ -15,6 +15,7 @@ import {
   HostLab,
   MTU,
   must,
+  PLATFORM,
   reaches,
   Saboteur,
   SERVICES,
@@ -22,7 +23,7 @@ import {
   within,
 } from './host_lab.ts';
 
-const node = { subnet: SUBNET, services: SERVICES, mtu: MTU };
+const node = { subnet: SUBNET, services: SERVICES, platform: PLATFORM, mtu: MTU };
 const toNetns = (id: string, name: string, ip: string): AttachRequest => ({
   id,
   target: { kind: 'netns', name },
@@ -109,7 +110,8 @@ test('setupNode and attach repeated change nothing, and another process picks up
   await second.setupNode(node);
   assert.equal(await second.attach(toNetns('a', a, '172.16.0.66')), attached);
   assert.is(await lab.snapshot(a), made);
-  assert.equal(await second.attachments(), [{ id: 'a', namespaceIp: address('172.16.0.66'), ...attached }]);
+  const listed = { id: 'a', namespaceIp: address('172.16.0.66'), netns: `/run/netns/${a}`, ports: [] };
+  assert.equal(await second.attachments(), [{ ...listed, ...attached }]);
   await must('ip', '-n', lab.host, 'link', 'del', attached.hostInterface);
   await second.attach(toNetns('a', a, '172.16.0.66'));
   assert.ok(await reaches(a, '172.16.0.65'), 'attached anew after somebody deleted the link');

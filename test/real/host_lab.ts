@@ -18,6 +18,7 @@ import { SILENT } from '../../src/log.ts';
 
 export const SUBNET = unwrap(parseCidr('172.16.0.64/26'));
 export const SERVICES = unwrap(parseCidr('172.30.0.0/16'));
+export const PLATFORM = unwrap(parseCidr('172.16.0.0/12'));
 export const GATEWAY = unwrap(parseIpv4('172.16.0.65'));
 export const MTU = 1464;
 export const address = (text: string) => unwrap(parseIpv4(text));

@@ -3,19 +3,20 @@ import { join } from 'node:path';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import {
-  type AttachState,
   checkLinkName,
   formatAction,
   formatPlan,
   linkName,
-  type NodeState,
   type Observed,
   planAttach,
   planClean,
   planDetach,
   planNode,
+  planPeers,
   planTun,
 } from '../../../edge/host/plan.ts';
+import { rulesOf } from '../../../edge/host/rules.ts';
+import { type Attachment, EMPTY_STATE, type HostState, type NodeState } from '../../../edge/host/state.ts';
 import { parseCidr, parseIpv4 } from '../../../src/addr.ts';
 import { unwrap } from '../../../src/error.ts';
 
@@ -27,37 +28,56 @@ const NODE: NodeState = {
   tun: 'edgeway-tun',
   table: 'edgeway',
   subnet: cidr('172.16.0.64/26'),
+  gateway: ip('172.16.0.65'),
   services: cidr('172.30.0.0/16'),
   platform: cidr('172.16.0.0/12'),
   mtu: 1464,
+  isolated: true,
+  foreign: [cidr('172.17.0.0/16'), cidr('172.17.0.1/32'), cidr('10.0.0.0/8')],
 };
+const STATE: HostState = { ...EMPTY_STATE, node: NODE };
 const FRESH: Observed = {
-  bridgeExists: false,
+  links: ['lo', 'docker0'],
   bridgeAddresses: [],
   forward: '0',
   ipv6: true,
   tableExists: false,
   iptables: 'absent',
-  foreign: [cidr('172.17.0.0/16'), cidr('172.17.0.1/32'), cidr('10.0.0.0/8')],
 };
-const ATTACH: AttachState = {
-  id: 'shop.prod.cart.v1/1',
+/** Kudo's: no ProxyTUN, the kernel carries between nodes. */
+const CARRIER = { device: 'kvxnode', vni: 0x4557, port: 4790 };
+const KUDO: NodeState = {
+  bridge: 'kbrnode',
+  tun: 'kunode',
+  table: 'edgeway-kbrnode',
+  subnet: cidr('10.0.0.0/24'),
+  gateway: ip('10.0.0.1'),
+  mtu: 1464,
+  isolated: false,
+  carrier: CARRIER,
+  foreign: [],
+};
+const PEER = { prefix: cidr('10.0.1.0/24'), endpoint: ip('192.0.2.22') };
+const BLUE: Attachment = {
+  target: 'netns blue',
   netns: '/run/netns/blue',
+  netnsId: '4:4026532000',
   hostInterface: 'ew0123456789abc',
   inner: 'eth0',
   namespaceIp: ip('172.16.0.66'),
   subnet: NODE.subnet,
-  platform: NODE.platform,
-  bridge: 'edgeway0',
   mtu: 1464,
-  hasDefault: false,
-  ipv6: true,
+  madeNetns: false,
+  ports: [],
   resolv: {
     path: '/etc/netns/blue/resolv.conf',
     nameserver: ip('172.16.0.65'),
     made: ['/etc/netns', '/etc/netns/blue'],
   },
 };
+const SEEN = { hasDefault: false, ipv6: true };
+const attach = (one: Attachment, seen = SEEN) =>
+  formatPlan(planAttach(NODE, 'shop.prod.cart.v1/1', one, seen, STATE, STATE));
 
 /** The first line of a golden file says where it came from. */
 function golden(name: string, text: string): void {
@@ -66,19 +86,19 @@ function golden(name: string, text: string): void {
 }
 
 test('planNode on an untouched host', () => {
-  golden('node_fresh.txt', formatPlan(planNode(NODE, FRESH)));
+  golden('node_fresh.txt', formatPlan(planNode(STATE, NODE, FRESH)));
 });
 
 test('planNode repeated adds nothing and undoes nothing', () => {
   const observed: Observed = {
     ...FRESH,
-    bridgeExists: true,
+    links: ['edgeway0'],
     bridgeAddresses: ['172.16.0.65/26'],
     forward: '1',
     tableExists: true,
     iptables: 'present',
   };
-  const text = formatPlan(planNode(NODE, observed));
+  const text = formatPlan(planNode(STATE, NODE, observed));
   assert.not.match(text, 'link add');
   assert.not.match(text, 'ip addr');
   assert.not.match(text, 'iptables');
@@ -88,7 +108,7 @@ test('planNode repeated adds nothing and undoes nothing', () => {
 
 test('planNode with another subnet takes the old address away first, and would give it back', () => {
   const text = formatPlan(
-    planNode(NODE, { ...FRESH, bridgeExists: true, bridgeAddresses: ['172.16.9.1/26'] }),
+    planNode(STATE, NODE, { ...FRESH, links: ['edgeway0'], bridgeAddresses: ['172.16.9.1/26'] }),
   );
   assert.match(text, /addr del 172\.16\.9\.1\/26 dev edgeway0\nip addr replace 172\.16\.0\.65\/26/);
   assert.match(
@@ -97,18 +117,87 @@ test('planNode with another subnet takes the old address away first, and would g
   );
 });
 
+test('planNode with a carrier reaches its peers', () => {
+  const state = { ...STATE, node: KUDO, peers: { b: PEER } };
+  golden('node_carrier.txt', formatPlan(planNode(state, KUDO, FRESH)));
+});
+
+test('planPeers moves, adds and removes, and takes each back', () => {
+  const before = { ...STATE, node: KUDO, peers: { b: PEER, c: { ...PEER, prefix: cidr('10.0.2.0/24') } } };
+  const after = {
+    ...before,
+    peers: { b: { ...PEER, endpoint: ip('192.0.2.33') }, d: { ...PEER, prefix: cidr('10.0.3.0/24') } },
+  };
+  const lines = formatPlan(planPeers(KUDO, CARRIER, before, after))
+    .split('\n')
+    .filter((line) => line.startsWith('ip ') || line.startsWith('--'));
+  const via = (prefix: string, node: string) =>
+    `ip route replace ${prefix} encap ip id 17751 dst ${node} dev kvxnode src 10.0.0.1`;
+  assert.equal(lines, [
+    'ip route del 10.0.2.0/24 dev kvxnode',
+    via('10.0.1.0/24', '192.0.2.33'),
+    via('10.0.3.0/24', '192.0.2.22'),
+    '-- undo',
+    'ip route del 10.0.3.0/24 dev kvxnode',
+    via('10.0.1.0/24', '192.0.2.22'),
+    via('10.0.2.0/24', '192.0.2.22'),
+  ]);
+});
+
+test('rulesOf publishes one map per protocol, turns for several instances, and a service through the TUN', () => {
+  const green = {
+    ...BLUE,
+    ports: [
+      { protocol: 'tcp' as const, source: 8080, destination: 80 },
+      { protocol: 'udp' as const, source: 53, destination: 5353 },
+    ],
+  };
+  const exposed = [
+    { protocol: 'tcp' as const, source: 443, targets: [{ address: ip('172.30.0.9'), port: 8443 }] },
+    {
+      protocol: 'tcp' as const,
+      source: 81,
+      targets: [
+        { address: ip('172.16.0.70'), port: 80 },
+        { address: ip('172.16.0.71'), port: 80 },
+      ],
+    },
+  ];
+  const text = rulesOf(NODE, { ...STATE, attachments: { green }, exposed });
+  const chain = /chain ports \{\n([\s\S]*?)\n {2}\}/
+    .exec(text)?.[1]
+    ?.split('\n')
+    .map((line) => line.trim());
+  assert.equal(chain, [
+    'tcp dport 81 dnat ip to numgen inc mod 2 map { 0 : 172.16.0.70 . 80, 1 : 172.16.0.71 . 80 }',
+    'dnat ip to tcp dport map { 8080 : 172.16.0.66 . 80, 443 : 172.30.0.9 . 8443 }',
+    'dnat ip to udp dport map { 53 : 172.16.0.66 . 5353 }',
+  ]);
+});
+
 test('planTun routes the services and can take it back', () => {
-  golden('tun.txt', formatPlan(planTun(NODE, 'edgeway-tun', NODE.services, true)));
+  golden('tun.txt', formatPlan(planTun(NODE, 'edgeway-tun', cidr('172.30.0.0/16'), true)));
 });
 
 test('planAttach into a namespace without a default route', () => {
-  golden('attach.txt', formatPlan(planAttach(ATTACH)));
+  golden('attach.txt', attach(BLUE));
 });
 
 test('planAttach beside another default route sends only the platform through us', () => {
-  const text = formatPlan(planAttach({ ...ATTACH, hasDefault: true, inner: 'eth1' }));
+  const text = attach({ ...BLUE, inner: 'eth1' }, { ...SEEN, hasDefault: true });
   assert.not.match(text, 'default');
   assert.match(text, '[/run/netns/blue] ip route replace 172.16.0.0/12 via 172.16.0.65 dev eth1');
+});
+
+test('planAttach makes the namespace where it is ours, first, and publishes ports last', () => {
+  const { resolv: _none, ...plain } = BLUE;
+  const text = attach({
+    ...plain,
+    madeNetns: true,
+    ports: [{ protocol: 'tcp', source: 8080, destination: 80 }],
+  });
+  assert.match(text, /^ip netns add blue\nip link add /);
+  assert.match(text, /\nnft\n[\s\S]*-- undo\nnft\n[\s\S]*ip link del ew0123456789abc\nip netns del blue\n$/);
 });
 
 test('planDetach restores resolv.conf only while it is ours', () => {
@@ -119,13 +208,15 @@ test('planDetach restores resolv.conf only while it is ours', () => {
     made: [],
   };
   const text = (ours: boolean) =>
-    planDetach({ hostInterface: 'ew1', resolv }, ours).map(formatAction).join('\n');
+    planDetach(NODE, { ...BLUE, hostInterface: 'ew1', resolv }, ours, STATE)
+      .map(formatAction)
+      .join('\n');
   assert.is(text(true), 'ip link del ew1\nwrite /c/resolv.conf\n    nameserver 9.9.9.9');
   assert.is(text(false), 'ip link del ew1');
 });
 
 test('planClean names everything that planNode makes', () => {
-  golden('clean.txt', `${planClean(NODE).map(formatAction).join('\n')}\n`);
+  golden('clean.txt', `${planClean(KUDO).map(formatAction).join('\n')}\n`);
 });
 
 test('linkName keeps short plain ids and hashes the others, never longer than 15', () => {

@@ -1,0 +1,205 @@
+// Our one nftables table as text, a pure function of the state file: whoever changes the state replaces the whole
+// table in one transaction. Rules match on our own links and on "this host's addresses", never on the name of
+// somebody else's interface, so that a default route may move.
+import { type Cidr, formatCidr, formatIpv4, type Ipv4, overlaps } from '../../src/addr.ts';
+import type { Protocol } from '../../src/model.ts';
+import type { HostState, NodeState } from './state.ts';
+
+/** A node port and what it leads to. */
+export interface Publication {
+  readonly protocol: Protocol;
+  /** Port on any address of this host. */
+  readonly source: number;
+  /** Instances on this node take turns and see the client's address; a ServiceIP stands alone, and the proxy chooses. */
+  readonly targets: readonly { readonly address: Ipv4; readonly port: number }[];
+}
+
+/** `add` before `delete` makes the deletion succeed whether or not the table is there. */
+export function dropRules(table: string): string {
+  return `table inet ${table}\ndelete table inet ${table}\n`;
+}
+
+export function rulesOf(
+  node: NodeState,
+  state: Pick<HostState, 'attachments' | 'exposed' | 'peers'>,
+): string {
+  return `${dropRules(node.table)}table inet ${node.table} {
+${[
+  untracked(node),
+  untrackedOut(node),
+  input(node, Object.values(state.peers)),
+  forward(node),
+  ports(publicationsOf(state)),
+  prerouting(),
+  output(),
+  postrouting(node),
+]
+  .flat()
+  .map((line) => (line === '' ? '' : `  ${line}`))
+  .join('\n')}
+}
+`;
+}
+
+/** Everything that the node publishes, for its instances and for services. */
+export function publicationsOf(state: Pick<HostState, 'attachments' | 'exposed'>): readonly Publication[] {
+  const own = Object.values(state.attachments).flatMap(({ ports: mappings, namespaceIp }) =>
+    mappings.map(({ protocol, source, destination }) => ({
+      protocol,
+      source,
+      targets: [{ address: namespaceIp, port: destination }],
+    })),
+  );
+  return [...own, ...state.exposed];
+}
+
+type Lines = readonly string[];
+
+/** DNS on the bridge and overlay packets need no connection tracking: the proxy keeps the flows. */
+function untracked(node: NodeState): Lines {
+  const gateway = formatIpv4(node.gateway);
+  const subnet = formatCidr(node.subnet);
+  return chain('untracked', 'type filter hook prerouting priority raw', [
+    `iifname "${node.bridge}" ip daddr ${gateway} udp dport { 53, 5353 } notrack`,
+    `iifname "${node.bridge}" ip daddr ${gateway} tcp dport 53 notrack`,
+    ...(node.services === undefined
+      ? []
+      : [
+          `iifname "${node.bridge}" ip saddr ${subnet} ip daddr ${formatCidr(node.services)} notrack`,
+          `iifname "${node.tun}" ip daddr ${subnet} ip daddr != ${gateway} notrack`,
+        ]),
+  ]);
+}
+
+function untrackedOut(node: NodeState): Lines {
+  const gateway = formatIpv4(node.gateway);
+  return chain('untracked_out', 'type filter hook output priority raw', [
+    `oifname "${node.bridge}" ip saddr ${gateway} udp sport { 53, 5353 } notrack`,
+    `oifname "${node.bridge}" ip saddr ${gateway} tcp sport 53 notrack`,
+  ]);
+}
+
+/** An instance reaches of this host its nameserver and nothing else; only peers reach the carrier's port. */
+function input(node: NodeState, peers: readonly { readonly endpoint: Ipv4 }[]): Lines {
+  const gateway = formatIpv4(node.gateway);
+  const endpoints = [...new Set(peers.map((peer) => formatIpv4(peer.endpoint)))];
+  const carrier =
+    node.carrier === undefined
+      ? []
+      : endpoints.length === 0
+        ? [`udp dport ${node.carrier.port} drop`]
+        : [`udp dport ${node.carrier.port} ip saddr != { ${endpoints.join(', ')} } drop`];
+  return chain('input', 'type filter hook input priority filter', [
+    ...carrier,
+    `iifname != ${setOf(ownLinks(node))} accept`,
+    `ip daddr { ${gateway}, 224.0.0.251 } udp dport { 53, 5353 } accept`,
+    `ip daddr ${gateway} tcp dport 53 accept`,
+    `ip daddr ${gateway} icmp type echo-request accept`,
+    'ct state established,related accept',
+    'ip protocol igmp accept',
+    'reject with icmpx type admin-prohibited',
+  ]);
+}
+
+function forward(node: NodeState): Lines {
+  const bridge = `"${node.bridge}"`;
+  const others = ownLinks(node).slice(1);
+  return chain('forward', 'type filter hook forward priority filter', [
+    ...others.flatMap((other) => [
+      `iifname ${bridge} oifname "${other}" accept`,
+      `iifname "${other}" oifname ${bridge} accept`,
+    ]),
+    // A packet of another node goes to an instance here or is an answer to a published port's client; never further.
+    ...(node.carrier === undefined
+      ? []
+      : [`iifname "${node.carrier.device}" ct state != established,related drop`]),
+    '# Published ports, in either direction.',
+    'ct status dnat accept',
+    ...(node.isolated
+      ? ['# Instances meet only through the ProxyTUN.', `iifname ${bridge} oifname ${bridge} drop`]
+      : [`iifname ${bridge} oifname ${bridge} accept`]),
+    ...(node.platform === undefined ? [] : platformStays(node, node.platform)),
+    `oifname ${bridge} ct state established,related accept`,
+    `oifname ${setOf(ownLinks(node))} drop`,
+  ]);
+}
+
+/** The bridge first, then the ways to other nodes. */
+export function ownLinks(node: NodeState): readonly string[] {
+  return [
+    node.bridge,
+    ...(node.services === undefined ? [] : [node.tun]),
+    ...(node.carrier === undefined ? [] : [node.carrier.device]),
+  ];
+}
+
+function setOf(names: readonly string[]): string {
+  return names.length === 1 ? `"${names[0]}"` : `{ ${names.map((name) => `"${name}"`).join(', ')} }`;
+}
+
+/** The platform's addresses never leave by another way than the TUN, unless the host itself has a route there. */
+function platformStays(node: NodeState, platform: Cidr): Lines {
+  const inside = widest(node.foreign.filter((cidr) => overlaps(cidr, platform))).map(formatCidr);
+  const exempt = inside.length === 0 ? '' : `ip daddr != { ${inside.join(', ')} } `;
+  return [
+    `iifname "${node.bridge}" ip daddr ${formatCidr(platform)} ${exempt}reject with icmpx type admin-prohibited`,
+  ];
+}
+
+/** One lookup per packet, however many ports there are; only a port with several targets has a rule of its own. */
+function ports(publications: readonly Publication[]): Lines {
+  const rules: string[] = [];
+  for (const protocol of ['tcp', 'udp'] as const) {
+    const simple: string[] = [];
+    for (const publication of publications) {
+      if (publication.protocol !== protocol) continue;
+      const targets = publication.targets.map(({ address, port }) => `${formatIpv4(address)} . ${port}`);
+      if (targets.length === 1) simple.push(`${publication.source} : ${targets[0]}`);
+      else if (targets.length > 1)
+        rules.push(
+          `${protocol} dport ${publication.source} dnat ip to numgen inc mod ${targets.length} map { ${targets.map((target, at) => `${at} : ${target}`).join(', ')} }`,
+        );
+    }
+    if (simple.length > 0) rules.push(`dnat ip to ${protocol} dport map { ${simple.join(', ')} }`);
+  }
+  return ['chain ports {', ...rules.map((rule) => `  ${rule}`), '}'];
+}
+
+function prerouting(): Lines {
+  return chain('published', 'type nat hook prerouting priority dstnat', ['fib daddr type local jump ports']);
+}
+
+/** The host's own clients. Not 127.0.0.0/8: that would need route_localnet, which opens loopback services to the bridge. */
+function output(): Lines {
+  return chain('published_out', 'type nat hook output priority -100', [
+    'ip daddr != 127.0.0.0/8 fib daddr type local jump ports',
+  ]);
+}
+
+function postrouting(node: NodeState): Lines {
+  const gateway = formatIpv4(node.gateway);
+  const subnet = formatCidr(node.subnet);
+  return chain('outside', 'type nat hook postrouting priority srcnat', [
+    ...(node.services === undefined
+      ? []
+      : [
+          '# The proxy takes packets of this node only: the client of a service elsewhere becomes the bridge.',
+          `oifname "${node.tun}" ct status dnat snat ip to ${gateway}`,
+        ]),
+    '# Hairpin: an instance that dials a published port of its own node.',
+    `oifname "${node.bridge}" ip saddr ${subnet} ct status dnat snat ip to ${gateway}`,
+    `ip saddr ${subnet} oifname != ${setOf(ownLinks(node))} masquerade`,
+  ]);
+}
+
+function chain(name: string, hook: string, rules: Lines): Lines {
+  return [`chain ${name} {`, `  ${hook}; policy accept;`, ...rules.map((rule) => `  ${rule}`), '}'];
+}
+
+/** Prefixes that lie in no other of them: nft refuses intervals that overlap. */
+function widest(prefixes: readonly Cidr[]): readonly Cidr[] {
+  const kept: Cidr[] = [];
+  for (const prefix of prefixes.toSorted((a, b) => a.bits - b.bits))
+    if (!kept.some((wider) => overlaps(wider, prefix))) kept.push(prefix);
+  return kept;
+}
