@@ -1,0 +1,446 @@
+import { test } from 'uvu';
+import * as assert from 'uvu/assert';
+import {
+  applyService,
+  claimInstance,
+  claimSubnet,
+  deleteService,
+  ensureConfig,
+  publishInstance,
+  publishNode,
+  releaseInstance,
+  releaseSubnet,
+} from '../../coordinator/claims.ts';
+import type { Kv, TxnResult } from '../../coordinator/kv.ts';
+import { type MemoryKv, MemoryStore } from '../../coordinator/memory.ts';
+import { formatCidr, formatIpv4, parseCidr } from '../../src/addr.ts';
+import { EdgewayError, unwrap } from '../../src/error.ts';
+import { Keys } from '../../src/keys.ts';
+import { DEFAULT_PLAN, subnetCount } from '../../src/plan.ts';
+import { POLICIES } from '../../src/policy.ts';
+import {
+  DEFAULT_NETWORK_CONFIG,
+  decodeAddress,
+  decodeSubnet,
+  encodeAddress,
+  encodeBlock,
+  encodeSubnet,
+} from '../../src/records.ts';
+import { rejectsWith } from '../conformance/kv.ts';
+import { CART, descriptor, instance, ip, node, sid } from '../support/sample.ts';
+
+const keys = new Keys();
+const config = DEFAULT_NETWORK_CONFIG;
+const cidr = (text: string) => unwrap(parseCidr(text));
+const put = (key: string, value: string) => ({ kind: 'put', key, value }) as const;
+
+function world(): { store: MemoryStore; kv: MemoryKv; pass: (ms: number) => void } {
+  let now = 0;
+  const store = new MemoryStore(() => now);
+  return {
+    store,
+    kv: store.connect(),
+    pass: (ms) => {
+      now += ms;
+      store.expire();
+    },
+  };
+}
+const owner = (id: string, cluster = 'lab') => ({ node: id, cluster });
+const addressKey = (text: string) => keys.build({ kind: 'address', address: ip(text) });
+
+test('ensureConfig writes the plan once; the second caller gets what is there', async () => {
+  const { kv } = world();
+  assert.equal(await ensureConfig(kv, keys, config), config);
+  assert.equal(await ensureConfig(kv, keys, { ...config, vni: 7 }), config);
+  await kv.txn([], [put(keys.build({ kind: 'config' }), '{"v":1}')]);
+  const error = await rejectsWith('invalid_record', () => ensureConfig(kv, keys, config));
+  assert.match(error.message, '/edgeway/v1/config/network: platform');
+});
+
+test('claimSubnet gives each node its own, under its tenure lease, with the create revision as epoch', async () => {
+  const { kv, pass } = world();
+  const claims = await Promise.all(
+    Array.from({ length: 200 }, (_, i) => claimSubnet(kv, keys, config, owner(`n${i}`))),
+  );
+  assert.is(new Set(claims.map(({ subnet }) => formatCidr(subnet))).size, 200);
+  for (const { subnet, epoch, lease } of claims) {
+    const entry = await kv.get(keys.build({ kind: 'subnet', subnet }));
+    assert.is(entry?.createRevision, epoch);
+    assert.is(entry?.lease, lease);
+  }
+  pass(config.tenureTtlS * 1000 + 1);
+  assert.is((await kv.keys(keys.prefix('subnets'))).length, 0, 'tenure frees them');
+});
+
+test('claimSubnet finds the node’s own claim again, without being told, and keeps its epoch', async () => {
+  const { kv } = world();
+  const first = await claimSubnet(kv, keys, config, owner('n1'));
+  const again = await claimSubnet(kv, keys, config, owner('n1'));
+  assert.equal(again.subnet, first.subnet);
+  assert.is(again.epoch, first.epoch);
+  const entry = await kv.get(keys.build({ kind: 'subnet', subnet: first.subnet }));
+  assert.is(entry?.lease, again.lease, 'it hangs on the new tenure lease');
+  const preferred = cidr('172.20.1.64/26');
+  const other = await claimSubnet(kv, keys, config, owner('n2'), { preferred });
+  assert.equal(other.subnet, preferred);
+});
+
+test('claimSubnet recognises a claim whose answer was lost', async () => {
+  const { kv } = world();
+  let lose = true;
+  const flaky = new Proxy(kv, {
+    get: (target, name) =>
+      name === 'txn'
+        ? async (...args: Parameters<Kv['txn']>): Promise<TxnResult> => {
+            const result = await target.txn(...args);
+            if (lose && result.succeeded) {
+              lose = false;
+              throw new EdgewayError('coordination_unavailable', 'the connection broke');
+            }
+            return result;
+          }
+        : Reflect.get(target, name).bind(target),
+  }) as Kv;
+  await rejectsWith('coordination_unavailable', () => claimSubnet(flaky, keys, config, owner('n1')));
+  const claim = await claimSubnet(flaky, keys, config, owner('n1'));
+  assert.is((await kv.keys(keys.prefix('subnets'))).length, 1, 'nothing leaked');
+  assert.ok(claim.epoch > 0);
+});
+
+test('claimSubnet exact: subnet_taken names the holder, address_not_in_plan the rule', async () => {
+  const { kv } = world();
+  const exact = cidr('172.16.3.64/26');
+  await claimSubnet(kv, keys, config, owner('n1'), { exact });
+  assert.equal((await claimSubnet(kv, keys, config, owner('n1'), { exact })).subnet, exact);
+  const taken = await rejectsWith('subnet_taken', () =>
+    claimSubnet(kv, keys, config, owner('n2'), { exact }),
+  );
+  assert.match(taken.message, 'subnet 172.16.3.64/26 is held by node n1 of cluster lab');
+  for (const text of ['172.30.0.0/26', '10.0.0.0/26', '172.16.0.0/24'])
+    await rejectsWith('address_not_in_plan', () =>
+      claimSubnet(kv, keys, config, owner('n2'), { exact: cidr(text) }),
+    );
+  const route = await rejectsWith('subnet_taken', () =>
+    claimSubnet(kv, keys, config, owner('n2'), {
+      exact: cidr('172.17.0.64/26'),
+      avoid: [cidr('172.17.0.0/16')],
+    }),
+  );
+  assert.match(route.message, 'collides with this host’s route 172.17.0.0/16'.replace('’', "'"));
+});
+
+test('claimSubnet avoids the host’s routes', async () => {
+  const { kv } = world();
+  const avoid = [cidr('172.16.0.0/13'), cidr('172.24.0.0/14'), cidr('172.28.0.0/15')];
+  for (let i = 0; i < 40; i++) {
+    const { subnet } = await claimSubnet(kv, keys, config, owner(`n${i}`), {
+      avoid,
+      preferred: cidr('172.17.0.0/26'),
+    });
+    assert.match(formatCidr(subnet), /^172\.31\./);
+  }
+});
+
+test('claimSubnet prefers its cluster’s blocks and never takes from another’s', async () => {
+  const { kv } = world();
+  const block = cidr('172.18.0.0/24');
+  await kv.txn(
+    [],
+    [
+      put(keys.build({ kind: 'block', block }), encodeBlock({ cluster: 'lab' })),
+      put(keys.build({ kind: 'block', block: cidr('172.16.0.0/15') }), encodeBlock({ cluster: 'other' })),
+      put(keys.build({ kind: 'block', block: cidr('172.24.0.0/14') }), 'who knows'),
+    ],
+  );
+  const claims = [];
+  for (let i = 0; i < 12; i++) claims.push(await claimSubnet(kv, keys, config, owner(`n${i}`)));
+  const inside = claims.filter(({ subnet }) => formatCidr(subnet).startsWith('172.18.0.'));
+  assert.is(inside.length, 4, 'a /24 holds four');
+  assert.ok(claims.every(({ subnet }) => !/^172\.(16|17|24|25|26|27)\./.test(formatCidr(subnet))));
+});
+
+test('claimSubnet: all of a plan can be claimed by racing nodes, none twice, and the next gets a clear error', async () => {
+  const { kv } = world();
+  const small = {
+    ...config,
+    plan: { ...DEFAULT_PLAN, platform: cidr('10.0.0.0/20'), services: cidr('10.0.4.0/22') },
+  };
+  const count = subnetCount(small.plan);
+  assert.is(count, 48);
+  const claims = await Promise.all(
+    Array.from({ length: count }, (_, i) => claimSubnet(kv, keys, small, owner(`n${i}`))),
+  );
+  assert.is(new Set(claims.map(({ subnet }) => subnet.base)).size, count);
+  const error = await rejectsWith('subnets_exhausted', () => claimSubnet(kv, keys, small, owner('late')));
+  assert.match(error.message, '48 of 48 in 10.0.0.0/20 are claimed');
+});
+
+test('claimSubnet refuses a second live host with the same node id', async () => {
+  const { kv } = world();
+  const claim = await claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.1') });
+  const here = node('n1', 0, { nodeIp: ip('10.0.0.1'), subnet: claim.subnet, epoch: claim.epoch });
+  const presence = await kv.grant(15);
+  await publishNode(kv, keys, here, presence);
+  await claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.1') });
+  const error = await rejectsWith('conflict', () =>
+    claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.2') }),
+  );
+  assert.match(error.message, 'in use by a live node at 10.0.0.1');
+  await kv.revoke(presence);
+  await claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.2') });
+});
+
+test('releaseSubnet lets it rest for others; its last holder gets it back with a greater epoch', async () => {
+  const { kv, pass } = world();
+  const exact = cidr('172.16.3.64/26');
+  const first = await claimSubnet(kv, keys, config, owner('n1'), { exact });
+  await releaseSubnet(kv, keys, config, owner('n2'), exact);
+  const holder = async () =>
+    unwrap(decodeSubnet((await kv.get(keys.build({ kind: 'subnet', subnet: exact })))?.value ?? ''));
+  assert.equal(await holder(), owner('n1'), 'somebody else cannot release it');
+  await releaseSubnet(kv, keys, config, owner('n1'), exact);
+  await releaseSubnet(kv, keys, config, owner('n1'), exact);
+  const resting = await rejectsWith('subnet_taken', () =>
+    claimSubnet(kv, keys, config, owner('n2'), { exact }),
+  );
+  assert.match(resting.message, 'rests');
+  const back = await claimSubnet(kv, keys, config, owner('n1'), { exact });
+  assert.ok(back.epoch > first.epoch);
+  await releaseSubnet(kv, keys, config, owner('n1'), exact);
+  pass(config.quarantineS * 1000 + 1);
+  assert.equal((await claimSubnet(kv, keys, config, owner('n2'), { exact })).subnet, exact);
+});
+
+test('applyService claims three ServiceIPs once, and applying again changes nothing', async () => {
+  const { kv, store } = world();
+  const first = await applyService(kv, keys, config, descriptor());
+  assert.is(new Set(Object.values(first.service.addresses)).size, 3);
+  for (const policy of POLICIES) {
+    const entry = await kv.get(keys.build({ kind: 'address', address: first.service.addresses[policy]! }));
+    assert.equal(unwrap(decodeAddress(entry?.value ?? '')), { kind: 'service', service: CART, policy });
+    assert.is(entry?.lease, undefined, 'durable');
+  }
+  const revision = store.revision;
+  const again = await applyService(kv, keys, config, descriptor());
+  assert.equal(again, first);
+  assert.is(store.revision, revision);
+  const changed = await applyService(kv, keys, config, descriptor(CART, { ports: [443] }));
+  assert.equal(changed.service.addresses, first.service.addresses);
+  assert.ok(changed.revision > first.revision);
+});
+
+test('applyService completes a record that a person wrote without addresses, and keeps those it has', async () => {
+  const { kv } = world();
+  const [app, appNs, service, serviceNs] = CART.split('.');
+  await kv.txn(
+    [],
+    [
+      put(
+        keys.build({ kind: 'service', service: CART }),
+        JSON.stringify({
+          v: 1,
+          appname: app,
+          appnamespace: appNs,
+          servicename: service,
+          servicenamespace: serviceNs,
+          addresses: { closest: '172.30.7.7' },
+        }),
+      ),
+    ],
+  );
+  const applied = await applyService(kv, keys, config, descriptor());
+  assert.is(formatIpv4(applied.service.addresses.closest!), '172.30.7.7');
+  assert.is(Object.keys(applied.service.addresses).length, 3);
+  assert.ok(await kv.get(addressKey('172.30.7.7')));
+});
+
+test('applyService claims a wanted address, and refuses one that somebody else holds', async () => {
+  const { kv } = world();
+  const wanted = { closest: ip('172.30.9.9') };
+  const before = await applyService(kv, keys, config, descriptor());
+  const moved = await applyService(kv, keys, config, descriptor(), wanted);
+  assert.is(moved.service.addresses.closest, wanted.closest);
+  assert.is(moved.service.addresses.roundrobin, before.service.addresses.roundrobin);
+  const old = await kv.get(keys.build({ kind: 'address', address: before.service.addresses.closest! }));
+  assert.ok(unwrap(decodeAddress(old?.value ?? '')).resting, 'the replaced address rests');
+  const error = await rejectsWith('address_taken', () =>
+    applyService(kv, keys, config, descriptor(sid('a.b.c.d')), wanted),
+  );
+  assert.match(error.message, 'address 172.30.9.9 is held by policy closest of shop.prod.cart.v1');
+  assert.is(await kv.get(keys.build({ kind: 'service', service: sid('a.b.c.d') })), undefined);
+  for (const text of ['172.16.0.1', '172.30.0.0', '172.30.255.255', '8.8.8.8'])
+    await rejectsWith('address_not_in_plan', () =>
+      applyService(kv, keys, config, descriptor(), { closest: ip(text) }),
+    );
+  await rejectsWith('invalid_request', () =>
+    applyService(kv, keys, config, descriptor(), {
+      closest: wanted.closest,
+      fastest: wanted.closest,
+    }),
+  );
+});
+
+test('applyService under racing services and racing appliers of one service: no address twice', async () => {
+  const { store, kv } = world();
+  const small = {
+    ...config,
+    plan: { platform: cidr('10.0.0.0/16'), services: cidr('10.0.1.0/24'), nodeBits: 26 },
+  };
+  const clients = Array.from({ length: 4 }, () => store.connect());
+  const services = Array.from({ length: 60 }, (_, i) => sid(`app.ns.s${i}.v1`));
+  const applied = await Promise.all(
+    services.flatMap((id) =>
+      clients.slice(0, 2).map((client) => applyService(client, keys, small, descriptor(id))),
+    ),
+  );
+  const owners = new Map<number, string>();
+  for (const { service } of applied)
+    for (const address of Object.values(service.addresses)) {
+      assert.ok((owners.get(address) ?? service.id) === service.id, `${formatIpv4(address)} twice`);
+      owners.set(address, service.id);
+    }
+  assert.is(owners.size, 180);
+  assert.is((await kv.keys(keys.prefix('addresses'))).length, 180, 'racing leaves nothing behind');
+  for (let i = 60; i < 84; i++) await applyService(kv, keys, small, descriptor(sid(`app.ns.s${i}.v1`)));
+  const error = await rejectsWith('addresses_exhausted', () =>
+    applyService(kv, keys, small, descriptor(sid('app.ns.late.v1'))),
+  );
+  assert.match(error.message, '252 of 254 are claimed');
+});
+
+test('deleteService rests its addresses, wants its instances gone first, and says not_found', async () => {
+  const { kv } = world();
+  const { service } = await applyService(kv, keys, config, descriptor());
+  const claim = await claimSubnet(kv, keys, config, owner('n1'));
+  const here = node('n1', 0, { subnet: claim.subnet, epoch: claim.epoch });
+  const presence = await kv.grant(15);
+  await publishInstance(kv, keys, claim.subnet, instance(here, CART, 1), presence);
+  await rejectsWith('instance_exists', () => deleteService(kv, keys, config, CART));
+  await releaseInstance(kv, keys, config, { service: CART, instance: 1, node: 'n1' });
+  await deleteService(kv, keys, config, CART);
+  await rejectsWith('not_found', () => deleteService(kv, keys, config, CART));
+  await rejectsWith('address_taken', () =>
+    applyService(kv, keys, config, descriptor(sid('a.b.c.d')), {
+      closest: service.addresses.closest!,
+    }),
+  );
+  const back = await applyService(kv, keys, config, descriptor());
+  assert.equal(back.service.addresses, service.addresses, 'the same service gets the same addresses');
+});
+
+test('claimInstance, publishInstance, releaseInstance: one number, one node, one address', async () => {
+  const { kv } = world();
+  const [one, two] = [
+    await claimSubnet(kv, keys, config, owner('n1')),
+    await claimSubnet(kv, keys, config, owner('n2')),
+  ];
+  const n1 = node('n1', 1, { subnet: one.subnet, epoch: one.epoch });
+  const n2 = node('n2', 2, { subnet: two.subnet, epoch: two.epoch });
+  const [p1, p2] = [await kv.grant(15), await kv.grant(15)];
+  const wish = { service: CART, instance: 1 };
+  const held = await claimInstance(kv, keys, config, { ...wish, node: 'n1', lease: one.lease });
+  assert.is((await kv.get(keys.build({ kind: 'address', address: held.instanceIp })))?.lease, one.lease);
+  const mine = instance(n1, CART, 1, { instanceIp: held.instanceIp });
+  const revision = await publishInstance(kv, keys, one.subnet, mine, p1);
+  assert.ok(revision > held.revision);
+  const error = await rejectsWith('instance_exists', () =>
+    claimInstance(kv, keys, config, { ...wish, node: 'n2', lease: two.lease }),
+  );
+  assert.match(error.message, 'instance 1 of shop.prod.cart.v1 lives on node n1');
+  await rejectsWith('instance_exists', () =>
+    publishInstance(kv, keys, two.subnet, instance(n2, CART, 1), p2),
+  );
+  const again = await claimInstance(kv, keys, config, { ...wish, node: 'n1', lease: one.lease });
+  assert.equal(again, held, 'claiming again changes nothing');
+  await kv.revoke(p1);
+  assert.is(await kv.get(keys.build({ kind: 'instance', service: CART, instance: 1 })), undefined);
+  const other = await claimInstance(kv, keys, config, { ...wish, node: 'n2', lease: two.lease });
+  assert.is.not(other.instanceIp, held.instanceIp, 'lost presence frees no address');
+  await releaseInstance(kv, keys, config, { ...wish, node: 'n2', instanceIp: other.instanceIp });
+  await releaseInstance(kv, keys, config, { ...wish, node: 'n1', instanceIp: held.instanceIp });
+  const moved = await claimInstance(kv, keys, config, { ...wish, node: 'n2', lease: two.lease });
+  assert.is(moved.instanceIp, held.instanceIp, 'once given back, the number takes its address along');
+});
+
+test('claimInstance insists on a wanted address or says who has it', async () => {
+  const { kv } = world();
+  const { lease } = await claimSubnet(kv, keys, config, owner('n1'));
+  const wanted = ip('172.30.5.5');
+  const wish = { service: CART, instance: 1, node: 'n1', lease, wanted };
+  assert.is((await claimInstance(kv, keys, config, wish)).instanceIp, wanted);
+  const error = await rejectsWith('address_taken', () =>
+    claimInstance(kv, keys, config, { ...wish, instance: 2 }),
+  );
+  assert.match(error.message, 'is held by instance 1 of shop.prod.cart.v1 on node n1');
+  await kv.txn([], [put(addressKey('172.30.5.6'), 'scribble')]);
+  const scribble = await rejectsWith('address_taken', () =>
+    claimInstance(kv, keys, config, { ...wish, wanted: ip('172.30.5.6') }),
+  );
+  assert.match(scribble.message, 'cannot be read');
+});
+
+test('publishInstance and publishNode are fenced by the subnet’s epoch', async () => {
+  const { kv } = world();
+  const claim = await claimSubnet(kv, keys, config, owner('n1'));
+  const here = node('n1', 1, { subnet: claim.subnet, epoch: claim.epoch });
+  const presence = await kv.grant(15);
+  await kv.revoke(claim.lease);
+  await rejectsWith('lease_lost', () => publishNode(kv, keys, here, presence));
+  await rejectsWith('lease_lost', () =>
+    publishInstance(kv, keys, claim.subnet, instance(here, CART, 1), presence),
+  );
+  await claimSubnet(kv, keys, config, owner('n2'), { exact: claim.subnet });
+  await rejectsWith('lease_lost', () => publishNode(kv, keys, here, presence));
+  await kv.revoke(presence);
+  const mine = await claimSubnet(kv, keys, config, owner('n3'));
+  await rejectsWith('lease_lost', () =>
+    publishNode(kv, keys, node('n3', 3, { subnet: mine.subnet, epoch: mine.epoch }), presence),
+  );
+});
+
+test('claims never overwrite a value that cannot be read', async () => {
+  const { kv } = world();
+  const exact = cidr('172.16.3.64/26');
+  await kv.txn([], [put(keys.build({ kind: 'subnet', subnet: exact }), '{"v":9}')]);
+  await rejectsWith('subnet_taken', () => claimSubnet(kv, keys, config, owner('n1'), { exact }));
+  assert.is((await kv.get(keys.build({ kind: 'subnet', subnet: exact })))?.value, '{"v":9}');
+  assert.ok(
+    encodeSubnet(owner('n1')) !== encodeAddress({ kind: 'service', service: CART, policy: 'closest' }),
+  );
+});
+
+test('10,000 random claims and releases by 40 nodes: no address has two owners, none leaks', async () => {
+  const { kv, pass } = world();
+  const small = {
+    ...config,
+    plan: { platform: cidr('10.0.0.0/20'), services: cidr('10.0.4.0/22'), nodeBits: 26 },
+  };
+  let state = 42;
+  const below = (n: number): number => {
+    state = (Math.imul(state, 1_103_515_245) + 12_345) >>> 0;
+    return (state >>> 8) % n;
+  };
+  const held = new Map<string, Awaited<ReturnType<typeof claimSubnet>>>();
+  for (let step = 0; step < 10_000; step++) {
+    const id = `n${below(40)}`;
+    const had = held.get(id);
+    if (had === undefined) held.set(id, await claimSubnet(kv, keys, small, owner(id)));
+    else if (below(3) === 0) {
+      await releaseSubnet(kv, keys, small, owner(id), had.subnet);
+      await kv.revoke(had.lease);
+      held.delete(id);
+    } else if (below(20) === 0) {
+      await kv.revoke(had.lease);
+      held.delete(id);
+    }
+    pass(below(20_000));
+    const bases = new Set([...held.values()].map(({ subnet }) => subnet.base));
+    assert.is(bases.size, held.size);
+    for (const { lease } of held.values()) await kv.keepAlive(lease);
+  }
+  pass(small.quarantineS * 1000 + 1);
+  assert.is((await kv.keys(keys.prefix('subnets'))).length, held.size);
+});
+
+test.run();
