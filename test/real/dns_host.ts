@@ -1,5 +1,6 @@
 // The process under test: a table, the unicast server and the multicast server on the bridge of a namespace. It takes
 // one JSON command per line and answers each with one line; it ends with its standard input.
+import { createServer } from 'node:http';
 import process from 'node:process';
 import { createInterface } from 'node:readline';
 import { startDnsServer } from '../../edge/io/dns_server.ts';
@@ -12,6 +13,8 @@ interface Options {
   readonly upstreams?: readonly string[];
   readonly needs?: Readonly<Record<string, readonly string[]>>;
   readonly mdns?: boolean;
+  /** Address of a web page. */
+  readonly page?: string;
 }
 const options = JSON.parse(process.argv[2] ?? '{}') as Options;
 const say = (message: object): void => {
@@ -40,6 +43,12 @@ try {
   const dns = await startDnsServer({ ...common, upstreams: () => options.upstreams ?? [] });
   const mdns = options.mdns === false ? undefined : await startMdns({ ...common, interface: 'br0', subnet });
   mdns?.changed([CART]);
+  const page = createServer((_request, response) => response.end('the page of cart'));
+  let connections = 0;
+  page.on('connection', () => connections++);
+  page.on('clientError', (_error, socket) => socket.destroy());
+  if (options.page !== undefined)
+    await new Promise<void>((resolve) => page.listen(80, options.page, () => resolve()));
   say({ ready: true });
   for await (const line of createInterface({ input: process.stdin })) {
     const command = JSON.parse(line) as { put?: string; first?: string; delete?: string; synced?: boolean };
@@ -52,8 +61,14 @@ try {
       mdns?.changed([id(command.delete)]);
     }
     if (command.synced !== undefined) table.synced = command.synced;
-    say({ counters: { ...dns.counters(), ...mdns?.counters() }, asked: Object.fromEntries(asked) });
+    say({
+      counters: { ...dns.counters(), ...mdns?.counters() },
+      asked: Object.fromEntries(asked),
+      connections,
+    });
   }
+  page.closeAllConnections();
+  page.close();
   await mdns?.stop();
   await dns.stop();
 } catch (error) {

@@ -161,7 +161,7 @@ export class DnsLab {
   /** A client on the bridge; `files` replace those of the same name in its /etc. */
   async client(number: number, files: Readonly<Record<string, string>> = {}): Promise<Client> {
     const name = `${this.tag}-c${number}`;
-    const etc = `/etc/netns/${name}`;
+    const etc = join(this.directory, `etc${number}`);
     mkdirSync(etc, { recursive: true });
     const all = { 'resolv.conf': `nameserver ${this.bridge}\noptions ndots:1\n`, ...files };
     for (const [file, content] of Object.entries(all)) writeFileSync(join(etc, file), content);
@@ -186,11 +186,10 @@ export class DnsLab {
     await must(['ip', '-n', name, 'link', 'set', 'eth0', 'up']);
     await must(['ip', '-n', name, 'route', 'add', 'default', 'via', this.bridge]);
     // Holds the mount namespace in which /etc and /run are the client's own.
-    const holder = spawn(
-      'ip',
-      ['netns', 'exec', name, 'sh', '-c', 'mount -t tmpfs tmpfs /run && echo up && exec sleep infinity'],
-      { stdio: ['ignore', 'pipe', 'inherit'] },
-    );
+    const script = `mount -t tmpfs tmpfs /run && cp -a /etc /run/etc && cp -a ${etc}/. /run/etc/ && mount --bind /run/etc /etc && echo up && exec sleep infinity`;
+    const holder = spawn('ip', ['netns', 'exec', name, 'sh', '-c', script], {
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
     this.#holders.push(holder);
     await new Promise<void>((resolve, reject) => {
       holder.stdout.once('data', () => resolve());
@@ -233,7 +232,6 @@ export class DnsLab {
         }
       }
       await run(['ip', 'netns', 'del', name]);
-      rmSync(`/etc/netns/${name}`, { recursive: true, force: true });
     }
     rmSync(this.directory, { recursive: true, force: true });
   }
