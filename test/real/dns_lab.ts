@@ -7,7 +7,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import process from 'node:process';
 import { createInterface, type Interface } from 'node:readline';
 
@@ -185,7 +185,20 @@ export class DnsLab {
     await must(['ip', '-n', name, 'addr', 'add', `172.16.0.${65 + number}/26`, 'dev', 'eth0']);
     await must(['ip', '-n', name, 'link', 'set', 'eth0', 'up']);
     await must(['ip', '-n', name, 'route', 'add', 'default', 'via', this.bridge]);
-    // Holds the mount namespace in which /etc and /run are the client's own.
+    return this.#space(name, etc);
+  }
+  /** The host itself as a place to run programs, with its own /etc and /run. */
+  hostSpace(files: Readonly<Record<string, string>>): Promise<Client> {
+    const etc = join(this.directory, 'etc-host');
+    mkdirSync(etc, { recursive: true });
+    for (const [file, content] of Object.entries(files)) {
+      mkdirSync(dirname(join(etc, file)), { recursive: true });
+      writeFileSync(join(etc, file), content);
+    }
+    return this.#space(this.host, etc);
+  }
+  /** Holds a mount namespace in which /run is empty and /etc has these files; nothing written there gets out. */
+  async #space(name: string, etc: string): Promise<Client> {
     const script = `mount -t tmpfs tmpfs /run && cp -a /etc /run/etc && cp -a ${etc}/. /run/etc/ && mount --bind /run/etc /etc && echo up && exec sleep infinity`;
     const holder = spawn('ip', ['netns', 'exec', name, 'sh', '-c', script], {
       stdio: ['ignore', 'pipe', 'inherit'],
@@ -193,7 +206,7 @@ export class DnsLab {
     this.#holders.push(holder);
     await new Promise<void>((resolve, reject) => {
       holder.stdout.once('data', () => resolve());
-      holder.once('close', () => reject(new Error(`client ${name}: its namespace ended`)));
+      holder.once('close', () => reject(new Error(`${name}: its namespace ended`)));
     });
     return new Client(this, name, holder.pid!);
   }
