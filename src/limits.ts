@@ -54,6 +54,49 @@ export const UDP_IDLE_MS = 180_000;
 export const PROBE_STATUS_BYTES = 64;
 /** Choices of one report of the packet loop. */
 export const CHOICES_PER_REPORT_MAX = 64;
+/** TCP flows: a lost SYN is repeated for about 130 s (tcp_syn_retries = 6); established as long as an idle connection
+ *  may be kept (twice the usual 2 h keep-alive, and then a day); closing 2 MSL of 60 s; after a RST only stragglers. */
+export const TCP_OPENING_IDLE_MS = 130_000;
+export const TCP_IDLE_MS = 86_400_000;
+export const TCP_HALF_CLOSED_IDLE_MS = 3_600_000;
+export const TCP_CLOSED_IDLE_MS = 120_000;
+export const TCP_RESET_IDLE_MS = 10_000;
+export const ICMP_IDLE_MS = 30_000;
+/** A flow's place in the eviction order is renewed at most this often: recency to half a second is enough. */
+export const FLOW_TOUCH_MS = 500;
+/** Flows looked at for expiry per tick; 65,536 are seen within 16 s. */
+export const FLOW_SWEEP = 4_096;
+
+/** How long a peer's address seen in an authentic packet stands; three keep-alives. */
+export const PEER_LEARNED_MS = 75_000;
+/** Keep-alive towards peers that routes name: below the 30 s after which common NATs forget a UDP mapping. */
+export const PEER_KEEPALIVE_MS = 20_000;
+/** How long a learned path MTU stands (RFC 1191 §6.3: 10 minutes). */
+export const PATH_MTU_MS = 600_000;
+
+/** Datagrams of first fragments remembered, fragments that wait for their first, and how long (Linux ipfrag_time). */
+export const FRAGMENT_TRACKS_MAX = 1_024;
+export const FRAGMENTS_HELD_MAX = 128;
+export const FRAGMENT_MS = 30_000;
+/** Packets that wait for a route, and how long: the keyspace answers in milliseconds or not at all. */
+export const PACKETS_HELD_MAX = 256;
+export const PACKET_HELD_MS = 1_000;
+export const PACKET_HELD_BYTES = 2_048;
+/** One report per unknown address and second, for at most so many addresses at a time. */
+export const MISS_REPORT_MS = 1_000;
+export const MISSES_MAX = 1_024;
+/** ICMP errors of ours per second (RFC 1812 §4.3.2.8 asks for a limit; Linux sends 1,000/s). */
+export const ICMP_PER_SECOND = 1_000;
+
+/** Socket buffers: 7 MiB is one bandwidth-delay product of 10 Gbit/s at 5 ms. */
+export const SOCKET_BUFFER_BYTES = 7 * 1024 * 1024;
+/** Packets that may wait in the TUN device: at 500 (the kernel's own) a burst of small packets is lost. */
+export const TUN_QUEUE = 5_000;
+/** Segments in one UDP_SEGMENT send (UDP_MAX_SEGMENTS of Linux 4.18), and its bytes: 65,535 − IPv4 − UDP. */
+export const SEGMENTS_MAX = 64;
+export const SEND_BYTES_MAX = 65_507;
+/** How long the packet loop asks again before it sleeps, microseconds. */
+export const SPIN_US_DEFAULT = 50;
 
 /** TTL of our answers, seconds (RFC 6762 §10: 120 s for records tied to an address). */
 export const DNS_TTL_S = 120;
@@ -127,6 +170,7 @@ export const INTERFACE_NAME_MAX = 15;
 
 assert(PRESENCE_TTL_S * 4 < TENURE_TTL_S, 'presence ends long before tenure');
 assert(MTU_DEFAULT + TUNNEL_OVERHEAD === 1500, 'a full overlay packet fills one Ethernet frame');
+assert(PEER_KEEPALIVE_MS * 3 < PEER_LEARNED_MS, 'a learned address survives two lost keep-alives');
 assert(UDP_ONEWAY_IDLE_MS < UDP_IDLE_MS, 'a flow seen one way expires first');
 assert(
   DNS_UPSTREAM_TRIES_MS.reduce((sum, ms) => sum + ms, 0) < 5_000,
