@@ -82,7 +82,9 @@ export type ProxyReport =
       readonly status: Uint8Array;
     }
   /** Choices since the last report, at most four reports a second; `more` counts those that did not fit. */
-  | { readonly kind: 'chosen'; readonly choices: readonly Choice[]; readonly more: number };
+  | { readonly kind: 'chosen'; readonly choices: readonly Choice[]; readonly more: number }
+  /** Something an operator should know once: an offload that this kernel refuses, a setting that did not take. */
+  | { readonly kind: 'notice'; readonly text: string };
 
 export interface ProxyConfig {
   /** Name of the TUN device to create. */

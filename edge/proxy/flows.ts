@@ -104,7 +104,8 @@ export class TupleIndex {
   }
 
   #home(local: number, remote: number, ports: number, protocol: number): number {
-    let hash = Math.imul(local ^ protocol, 0x9e3779b1) ^ Math.imul(remote, 0x85ebca6b) ^ Math.imul(ports, 0xc2b2ae35);
+    let hash =
+      Math.imul(local ^ protocol, 0x9e3779b1) ^ Math.imul(remote, 0x85ebca6b) ^ Math.imul(ports, 0xc2b2ae35);
     hash ^= hash >>> 15;
     hash = Math.imul(hash, 0x27d4eb2f);
     hash ^= hash >>> 13;
@@ -199,12 +200,24 @@ export class FlowTable {
     return this.#size;
   }
 
-  byDialled(protocol: number, local: number, port: number, dialled: number, remotePort: number): Flow | undefined {
+  byDialled(
+    protocol: number,
+    local: number,
+    port: number,
+    dialled: number,
+    remotePort: number,
+  ): Flow | undefined {
     const slot = this.#dialled.find(local, dialled, pair(port, remotePort), protocol);
     return slot < 0 ? undefined : this.#slots[slot];
   }
 
-  byWire(protocol: number, local: number, wirePort: number, instanceIp: number, remotePort: number): Flow | undefined {
+  byWire(
+    protocol: number,
+    local: number,
+    wirePort: number,
+    instanceIp: number,
+    remotePort: number,
+  ): Flow | undefined {
     const slot = this.#wire.find(local, instanceIp, pair(wirePort, remotePort), protocol);
     return slot < 0 ? undefined : this.#slots[slot];
   }

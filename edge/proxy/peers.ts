@@ -16,6 +16,8 @@ export class Peer {
   /** When it was last heard and sent to, milliseconds. */
   heardMs = Number.NEGATIVE_INFINITY;
   sentMs = Number.NEGATIVE_INFINITY;
+  /** When it was last greeted. */
+  helloMs = Number.NEGATIVE_INFINITY;
   /** Stamp of its latest control frame: an older one is a replay. */
   stampUs = 0;
   /** Largest inner packet that reaches it, bytes. */

@@ -1,10 +1,11 @@
 // The packet path's own projection of the routing table, built from ProxyCommands: addresses to services and
 // instances, instances to peers, local instances to their rights. It refuses to see packets and flows.
 import type { Ipv4 } from '../../src/addr.ts';
-import type { ChoiceState } from '../../src/choose.ts';
+import { Turns } from '../../src/choose.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { POLICIES, type Policy } from '../../src/policy.ts';
-import type { InstanceRank, InstanceRoute, ProxyCommand, ProxyConfig } from './command.ts';
+import { Rng } from '../../src/rng.ts';
+import type { InstanceRoute, InstanceWeights, ProxyCommand, ProxyConfig } from './command.ts';
 import { Peer } from './peers.ts';
 
 /** An instance that flows may point at; stays the same object while it is the same instance. */
@@ -16,9 +17,6 @@ export interface InstanceEntry {
   local: boolean;
   /** Undefined when it is local. */
   peer: Peer | undefined;
-  healthy: boolean | undefined;
-  closestMs: number | undefined;
-  fastestMs: number | undefined;
   /** False once no route names it. */
   live: boolean;
   /** Flows that chose it. */
@@ -28,6 +26,11 @@ export interface InstanceEntry {
 export interface ServiceEntry {
   readonly id: ServiceId;
   instances: InstanceEntry[];
+  /** As last told; an instance that it does not name counts 1. */
+  told: InstanceWeights | undefined;
+  /** Per policy, in the order of `instances`. */
+  weights: Readonly<Record<Policy, Float64Array>>;
+  readonly turns: Readonly<Record<Policy, Turns>>;
   addresses: Readonly<Partial<Record<Policy, Ipv4>>>;
 }
 
@@ -37,7 +40,6 @@ export interface Target {
   readonly service: ServiceEntry;
   /** Of a ServiceIP; undefined for an InstanceIP. */
   readonly policy: Policy | undefined;
-  readonly state: ChoiceState;
   /** Of an InstanceIP. */
   readonly instance: InstanceEntry | undefined;
 }
@@ -62,7 +64,8 @@ export class Routes {
   readonly #byNamespaceIp = new Map<number, InstanceEntry>();
   readonly #locals: (LocalEntry | undefined)[];
   readonly peers = new Map<number, Peer>();
-  #seed: number;
+  readonly #seed: number;
+  #streams = 0;
 
   constructor(config: ProxyConfig) {
     this.#base = config.servicesBase;
@@ -100,29 +103,16 @@ export class Routes {
 
   /** Takes a service as it now is; returns instances that are gone. */
   putService(command: Extract<ProxyCommand, { kind: 'service' }>): InstanceEntry[] {
-    let service = this.#services.get(command.service);
-    if (service === undefined) {
-      service = { id: command.service, instances: [], addresses: {} };
-      this.#services.set(command.service, service);
-    }
+    const service = this.#services.get(command.service) ?? this.#newService(command.service);
     const before = service.instances;
-    const states = new Map<number, ChoiceState>();
-    for (const policy of POLICIES) {
-      const address = service.addresses[policy];
-      if (address === undefined) continue;
-      const target = this.#own(address, service);
-      if (target === undefined) continue;
-      states.set(address, target.state);
-      this.#targets.delete(address - this.#base);
-    }
+    for (const address of Object.values(service.addresses))
+      if (this.#isServiceIp(address, service)) this.#targets.delete(address - this.#base);
     service.addresses = command.addresses;
     for (const policy of POLICIES) {
       const address = command.addresses[policy];
       if (address === undefined || !this.inServices(address)) continue;
-      const state = states.get(address) ?? { next: this.#random() % 0x10000 };
-      this.#targets.set(address - this.#base, { address, service, policy, state, instance: undefined });
+      this.#targets.set(address - this.#base, { address, service, policy, instance: undefined });
     }
-    const owner = service;
     service.instances = command.instances
       .filter((route) => this.inServices(route.instanceIp))
       .map((route) => {
@@ -132,11 +122,22 @@ export class Routes {
             old.instanceIp === route.instanceIp &&
             old.namespaceIp === route.namespaceIp,
         );
-        return this.#putInstance(owner, route, same);
+        return this.#putInstance(service, route, same);
       });
-    const gone = before.filter((old) => !owner.instances.includes(old));
+    const gone = before.filter((old) => !service.instances.includes(old));
     for (const entry of gone) this.#forget(entry);
+    const numbers = service.instances.map((entry) => entry.instance);
+    for (const policy of POLICIES) service.turns[policy].replace(numbers);
+    this.#weigh(service);
     return gone;
+  }
+
+  /** The instance that a new flow to this ServiceIP gets, by its policy's turns. */
+  choose(target: Target): InstanceEntry | undefined {
+    const { service, policy } = target;
+    if (policy === undefined) return target.instance;
+    const index = service.turns[policy].pick(service.weights[policy]);
+    return index < 0 ? undefined : service.instances[index];
   }
 
   deleteService(id: ServiceId): InstanceEntry[] {
@@ -147,16 +148,11 @@ export class Routes {
     return gone;
   }
 
-  rank(id: ServiceId, ranks: readonly InstanceRank[]): void {
+  weigh(id: ServiceId, told: InstanceWeights): void {
     const service = this.#services.get(id);
     if (service === undefined) return;
-    for (const rank of ranks) {
-      const entry = service.instances.find((instance) => instance.instance === rank.instance);
-      if (entry === undefined) continue;
-      entry.healthy = rank.healthy;
-      entry.closestMs = rank.closestMs;
-      entry.fastestMs = rank.fastestMs;
-    }
+    service.told = told;
+    this.#weigh(service);
   }
 
   putLocal(command: Extract<ProxyCommand, { kind: 'local' }>): boolean {
@@ -183,9 +179,6 @@ export class Routes {
       namespaceIp: route.namespaceIp,
       local: route.local,
       peer: undefined,
-      healthy: undefined,
-      closestMs: undefined,
-      fastestMs: undefined,
       live: true,
       flows: 0,
     };
@@ -193,14 +186,10 @@ export class Routes {
     entry.local = route.local;
     entry.peer = route.local ? undefined : this.#peer(route);
     if (entry.peer !== undefined) entry.peer.routes++;
-    entry.healthy = route.healthy;
-    entry.closestMs = route.closestMs;
-    entry.fastestMs = route.fastestMs;
     this.#targets.set(route.instanceIp - this.#base, {
       address: route.instanceIp,
       service,
       policy: undefined,
-      state: { next: 0 },
       instance: entry,
     });
     this.#byNamespaceIp.set(route.namespaceIp, entry);
@@ -234,19 +223,33 @@ export class Routes {
     if (this.#byNamespaceIp.get(entry.namespaceIp) === entry) this.#byNamespaceIp.delete(entry.namespaceIp);
   }
 
-  /** The target of an address while it is still that service's. */
-  #own(address: number, service: ServiceEntry): Target | undefined {
+  #isServiceIp(address: number, service: ServiceEntry): boolean {
     const target = this.#targets.get(address - this.#base);
-    return target?.service === service && target.instance === undefined ? target : undefined;
+    return target?.service === service && target.instance === undefined;
   }
 
-  /** xorshift32 of the seed: where a roundrobin begins. */
-  #random(): number {
-    let x = this.#seed === 0 ? 0x9e3779b9 : this.#seed;
-    x ^= x << 13;
-    x ^= x >>> 17;
-    x ^= x << 5;
-    this.#seed = x >>> 0;
-    return this.#seed;
+  #newService(id: ServiceId): ServiceEntry {
+    const turns = (): Turns => new Turns(new Rng(this.#seed, this.#streams++));
+    const none = new Float64Array(0);
+    const service: ServiceEntry = {
+      id,
+      instances: [],
+      addresses: {},
+      told: undefined,
+      weights: { roundrobin: none, closest: none, fastest: none },
+      turns: { roundrobin: turns(), closest: turns(), fastest: turns() },
+    };
+    this.#services.set(id, service);
+    return service;
+  }
+
+  #weigh(service: ServiceEntry): void {
+    const { told } = service;
+    const of = (policy: Policy): Float64Array =>
+      Float64Array.from(service.instances, (entry) => {
+        const index = told?.instances.indexOf(entry.instance) ?? -1;
+        return index < 0 ? 1 : (told?.weights[policy][index] ?? 1);
+      });
+    service.weights = { roundrobin: of('roundrobin'), closest: of('closest'), fastest: of('fastest') };
   }
 }

@@ -2,8 +2,8 @@
 // no route: the host plan does.
 import {
   AF_INET,
-  errnoName,
   ERRNO,
+  errnoName,
   IFF_NO_PI,
   IFF_TUN,
   IFF_UP,
@@ -81,7 +81,8 @@ function check(what: string, result: number): number {
 /** Creates the device (it vanishes when the fd closes), with IFF_VNET_HDR, sets MTU and queue, and brings it up. */
 export function openTun(sys: System, options: TunOptions): Tun {
   const { name, mtu } = options;
-  if (!/^[^\s/]{1,15}$/.test(name)) throw new TunError(`TUN name "${name}" must have 1…15 characters`, ERRNO.EINVAL);
+  if (!/^[^\s/]{1,15}$/.test(name))
+    throw new TunError(`TUN name "${name}" must have 1…15 characters`, ERRNO.EINVAL);
   const scratch = sys.allocate(128);
   const view = new DataView(scratch.bytes.buffer);
   scratch.bytes.set(new TextEncoder().encode('/dev/net/tun\0'));

@@ -41,7 +41,13 @@ export function tcpHeaderLength(bytes: Bytes, offset: number): number {
 }
 
 /** Sets the checksum of a whole segment anew. */
-export function finishTcp(bytes: Bytes, offset: number, length: number, source: number, target: number): void {
+export function finishTcp(
+  bytes: Bytes,
+  offset: number,
+  length: number,
+  source: number,
+  target: number,
+): void {
   bytes.view.setUint16(offset + TCP.checksum, 0);
   bytes.view.setUint16(
     offset + TCP.checksum,

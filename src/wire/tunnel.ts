@@ -10,7 +10,9 @@
 //   |                     token                     |   12   chosen by the asker, returned as it came
 //   |                     subnet                    |   16   base of the sender's subnet: which node speaks
 //   |              stamp (8 octets)                 |   20   microseconds, the sender's own; never goes back
-//   |       proof (16 octets)                       |   28   HMAC-SHA-256 of octets 0…27 under the secret, cut
+//   |       proof (16 octets)                       |   28   HMAC-SHA-256 under the secret of all the rest, cut
+//   |       status, only in an answer to a probe    |   44   carried, not looked into (probe.ts)
+import { PROBE_STATUS_BYTES } from '../limits.ts';
 import type { Bytes } from './bytes.ts';
 
 export const TUNNEL = { flags: 0, next: 3, vni: 4, size: 8 } as const;
@@ -64,10 +66,11 @@ export function writeControl(bytes: Bytes, offset: number, vni: number, control:
 
 /** Undefined when the length is wrong or the kind unknown. */
 export function readControl(bytes: Bytes, offset: number, length: number): Control | undefined {
-  if (length !== CONTROL.size) return undefined;
+  if (length < CONTROL.size || length > CONTROL.size + PROBE_STATUS_BYTES) return undefined;
   const { view } = bytes;
   const kind = view.getUint32(offset + CONTROL.kind) >>> 24;
   if (kind < CONTROL_KIND.hello || kind > CONTROL_KIND.probeBack) return undefined;
+  if (length > CONTROL.size && kind !== CONTROL_KIND.probeBack) return undefined;
   return {
     kind,
     token: view.getUint32(offset + CONTROL.token),

@@ -16,7 +16,13 @@ export function checkUdp(bytes: Bytes, offset: number, length: number): boolean 
 }
 
 /** Sets the checksum of a whole datagram anew; 0 is sent as 0xffff, because 0 means "none". */
-export function finishUdp(bytes: Bytes, offset: number, length: number, source: number, target: number): void {
+export function finishUdp(
+  bytes: Bytes,
+  offset: number,
+  length: number,
+  source: number,
+  target: number,
+): void {
   bytes.view.setUint16(offset + UDP.checksum, 0);
   const checksum = finish(pseudoSum(source, target, PROTOCOL.udp, length) + sum(bytes, offset, length));
   bytes.view.setUint16(offset + UDP.checksum, checksum === 0 ? 0xffff : checksum);

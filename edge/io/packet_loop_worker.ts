@@ -1,0 +1,736 @@
+// The packet loop: sleeps in poll on the TUN device, the tunnel's socket and an eventfd, and moves packets between
+// them as the ProxyTun decides. One thread, one packet memory. It decides nothing about packets itself, and makes
+// nothing on the host but the TUN device, which vanishes with it.
+//
+// Memory: one arena. A TUN read puts its virtio header so that the packet begins 4-aligned with 12 bytes in front, and
+// the tunnel header is later written over the virtio header: a packet leaves from where it was read.
+//
+//   … | 2 | virtio 10 | packet …           read from the TUN
+//   …     | tunnel 8  | packet …           sent to a peer
+import { createHmac, timingSafeEqual } from 'node:crypto';
+import { receiveMessageOnPort, workerData } from 'node:worker_threads';
+import {
+  CMSG,
+  ERRNO,
+  errnoName,
+  IOVEC_SIZE,
+  MSG_TRUNC,
+  MSGHDR,
+  openTun,
+  openTunnelSocket,
+  POLLERR,
+  POLLFD,
+  POLLHUP,
+  POLLIN,
+  POLLNVAL,
+  pathMtu,
+  type Region,
+  SOCKADDR_IN,
+  SOL_UDP,
+  system as sys,
+  UDP_GRO,
+  VNET,
+  VNET_F_NEEDS_CSUM,
+  VNET_GSO_NONE,
+  VNET_GSO_TCPV4,
+  VNET_GSO_UDP_L4,
+} from 'node-tun';
+import { ipv4 } from '../../src/addr.ts';
+import {
+  FLOW_SWEEP,
+  PEER_KEEPALIVE_MS,
+  PROBE_STATUS_BYTES,
+  SEGMENTS_MAX,
+  SOCKET_BUFFER_BYTES,
+  SPIN_US_DEFAULT,
+  TUN_QUEUE,
+  TUNNEL_OVERHEAD,
+} from '../../src/limits.ts';
+import { type Bytes, bytesOf } from '../../src/wire/bytes.ts';
+import { finish, sum } from '../../src/wire/checksum.ts';
+import { checkIpv4, IPV4, IPV4_FAULT, PROTOCOL } from '../../src/wire/ipv4.ts';
+import { TCP } from '../../src/wire/tcp.ts';
+import {
+  CONTROL,
+  CONTROL_KIND,
+  CONTROL_PROOF_BYTES,
+  FRAME,
+  NEXT_IPV4,
+  readControl,
+  readTunnel,
+  TUNNEL,
+  writeControl,
+  writeTunnel,
+} from '../../src/wire/tunnel.ts';
+import { UDP } from '../../src/wire/udp.ts';
+import { Answers } from '../proxy/answer.ts';
+import type { ProxyCommand, ProxyReport } from '../proxy/command.ts';
+import { cutIntoFragments, cutMemory } from '../proxy/fragments.ts';
+import { Hold } from '../proxy/hold.ts';
+import type { Peer } from '../proxy/peers.ts';
+import { ProxyTun } from '../proxy/proxy.ts';
+import { Cutter, HEADER_SLOTS, Joiner } from '../proxy/segment.ts';
+import { COUNT, DROP, VERDICT } from '../proxy/verdict.ts';
+import { Batch } from './packet_batch.ts';
+import { FLAG, type ThreadData } from './packet_thread.ts';
+
+/** Largest IPv4 packet; a read never needs more after its virtio header. */
+const PACKET_MAX = 65_535;
+const HEADROOM = 12;
+const READ_SLOT = HEADROOM + PACKET_MAX + 1;
+/** Packets read before the batch must leave: enough for 64 small ones and a few super-packets. */
+const ARENA_BYTES = 8 * READ_SLOT;
+/** Reads in a row from one side before the other has its turn. */
+const TUN_READS = 64;
+const TUNNEL_READS = 16;
+const TICK_MS = 250;
+const CHOICES_MS = 250;
+const PROBES_MAX = 4_096;
+const PROBE_WAIT_MS = 10_000;
+
+class Loop {
+  readonly #data: ThreadData;
+  readonly #proxy: ProxyTun;
+  readonly #cutter: Cutter;
+  readonly #joiner = new Joiner();
+  readonly #batch: Batch;
+  readonly #counters: Float64Array;
+  readonly #flags: Int32Array;
+  readonly #tun: number;
+  readonly #socket: number;
+  readonly #spinMs: number;
+
+  // Memory, and where each part of it lies for the kernel.
+  readonly #arena: Region;
+  readonly #arenaBytes: Bytes;
+  #arenaAt = 0;
+  readonly #inbox: Region;
+  readonly #inboxBytes: Bytes;
+  readonly #headers: Region;
+  readonly #answers: Region;
+  readonly #hold: Region;
+  readonly #cuts: Region;
+  readonly #cutsBytes: Bytes;
+  readonly #control: Region;
+  readonly #controlBytes: Bytes;
+
+  readonly #readVector: Region;
+  readonly #readVectorView: DataView;
+  readonly #writeVectors: Region;
+  readonly #writeVectorsView: DataView;
+  readonly #receive: Region;
+  readonly #receiveView: DataView;
+  readonly #sendControl: Region;
+  readonly #sendControlView: DataView;
+  readonly #polls: Region;
+  readonly #pollsView: DataView;
+  readonly #drain: Region;
+
+  #running = true;
+  #error: string | undefined;
+  #slotsUsed = 0;
+  #now = 0;
+  #tickedMs = 0;
+  #reportedMs = 0;
+  #status: Uint8Array<ArrayBufferLike> = new Uint8Array(0);
+  /** When each probe left, by token. */
+  readonly #probes = new Map<number, { readonly sentMs: number; readonly nodeIp: number }>();
+  readonly #secret: Uint8Array;
+  #stampUs = 0;
+
+  constructor(data: ThreadData) {
+    this.#data = data;
+    const { config } = data;
+    this.#counters = new Float64Array(data.counters);
+    this.#flags = new Int32Array(data.flags);
+    this.#spinMs = (config.spinUs ?? SPIN_US_DEFAULT) / 1000;
+    // Without a secret of the network's own the proof is a checksum that anybody can make.
+    this.#secret = config.secret ?? new TextEncoder().encode(`edgeway ${config.vni}`);
+
+    const tun = openTun(sys, { name: config.tun, mtu: config.mtu, queue: TUN_QUEUE });
+    this.#tun = tun.fd;
+    try {
+      const socket = openTunnelSocket(sys, {
+        address: config.nodeIp,
+        port: config.ewp,
+        buffer: SOCKET_BUFFER_BYTES,
+      });
+      this.#socket = socket.fd;
+      for (const text of [...tun.refused, ...socket.refused]) this.#notice(`this kernel refuses ${text}`);
+      this.#batch = new Batch(sys, socket.fd, socket.gso, this.#counters);
+    } catch (error) {
+      sys.close(tun.fd);
+      throw error;
+    }
+    this.#joiner.udp = tun.uso;
+    this.#batch.onRefused = () =>
+      this.#notice('the device under the tunnel refuses UDP_SEGMENT: sending one by one');
+    this.#batch.onTooBig = (peer) => this.#learnMtu(peer);
+
+    this.#arena = sys.allocate(ARENA_BYTES);
+    this.#arenaBytes = bytesOf(this.#arena.bytes);
+    this.#inbox = sys.allocate(HEADROOM + PACKET_MAX + 1);
+    this.#inboxBytes = bytesOf(this.#inbox.bytes);
+    this.#headers = sys.allocate(Cutter.memory);
+    this.#cutter = new Cutter(config.vni, bytesOf(this.#headers.bytes));
+    this.#answers = sys.allocate(Answers.memory);
+    this.#hold = sys.allocate(Hold.memory);
+    this.#cuts = sys.allocate((cutMemory(PACKET_MAX, 296) + 3) & ~3);
+    this.#cutsBytes = bytesOf(this.#cuts.bytes);
+    this.#control = sys.allocate(128);
+    this.#controlBytes = bytesOf(this.#control.bytes);
+    this.#proxy = new ProxyTun(config, {
+      counters: this.#counters,
+      answers: bytesOf(this.#answers.bytes),
+      hold: bytesOf(this.#hold.bytes),
+    });
+    this.#proxy.onAnswersFull = () => this.#sendAnswers();
+
+    this.#readVector = sys.allocate(IOVEC_SIZE);
+    this.#readVectorView = new DataView(this.#readVector.bytes.buffer);
+    this.#writeVectors = sys.allocate((SEGMENTS_MAX + 1) * IOVEC_SIZE);
+    this.#writeVectorsView = new DataView(this.#writeVectors.bytes.buffer);
+    this.#drain = sys.allocate(8);
+
+    // One message for everything received: name, one vector, control.
+    this.#receive = sys.allocate(256);
+    this.#receiveView = new DataView(this.#receive.bytes.buffer);
+    const base = this.#receive.address;
+    setPointer(this.#receiveView, MSGHDR.name, base + RECEIVE.name);
+    setPointer(this.#receiveView, MSGHDR.iov, base + RECEIVE.vector);
+    this.#receiveView.setUint32(MSGHDR.iovLength, 1, true);
+    setPointer(this.#receiveView, MSGHDR.control, base + RECEIVE.control);
+    setPointer(this.#receiveView, RECEIVE.vector, this.#inbox.address + INBOX_AT);
+    this.#receiveView.setUint32(RECEIVE.vector + 8, PACKET_MAX, true);
+
+    this.#sendControl = sys.allocate(256);
+    this.#sendControlView = new DataView(this.#sendControl.bytes.buffer);
+    const out = this.#sendControl.address;
+    setPointer(this.#sendControlView, MSGHDR.name, out + RECEIVE.name);
+    this.#sendControlView.setUint32(MSGHDR.nameLength, SOCKADDR_IN.size, true);
+    setPointer(this.#sendControlView, MSGHDR.iov, out + RECEIVE.vector);
+    this.#sendControlView.setUint32(MSGHDR.iovLength, 1, true);
+    setPointer(this.#sendControlView, RECEIVE.vector, this.#control.address);
+
+    this.#polls = sys.allocate(3 * POLLFD.size);
+    this.#pollsView = new DataView(this.#polls.bytes.buffer);
+    for (const [i, fd] of [this.#tun, this.#socket, data.eventfd].entries()) {
+      this.#pollsView.setInt32(i * POLLFD.size + POLLFD.fd, fd, true);
+      this.#pollsView.setInt16(i * POLLFD.size + POLLFD.events, POLLIN, true);
+    }
+  }
+
+  run(): void {
+    let lastWorkMs = performance.now();
+    while (this.#running) {
+      this.#now = performance.now();
+      if (Atomics.load(this.#flags, FLAG.exit) === 1) break;
+      if (Atomics.exchange(this.#flags, FLAG.messages, 0) === 1) this.#takeMessages();
+      let work = this.#fromTun();
+      if (this.#fromTunnel()) work = true;
+      if (this.#now - this.#tickedMs >= TICK_MS) this.#tick();
+      if (work) {
+        lastWorkMs = this.#now;
+        continue;
+      }
+      if (this.#now - lastWorkMs < this.#spinMs) continue;
+      this.#sleep();
+    }
+  }
+
+  close(): void {
+    sys.close(this.#tun);
+    sys.close(this.#socket);
+  }
+
+  /** Why the loop ended by itself. */
+  get error(): string | undefined {
+    return this.#error;
+  }
+
+  report(report: ProxyReport): void {
+    this.#data.port.postMessage(report);
+  }
+
+  #notice(text: string): void {
+    this.report({ kind: 'notice', text });
+  }
+
+  #fail(text: string): void {
+    this.#error ??= text;
+    this.#running = false;
+  }
+
+  #sleep(): void {
+    this.#counters[COUNT.polls]!++;
+    const ready = sys.poll(this.#polls.pointer, 3, TICK_MS);
+    if (ready <= 0) return;
+    const view = this.#pollsView;
+    const bad = POLLERR | POLLHUP | POLLNVAL;
+    if ((view.getInt16(POLLFD.revents, true) & bad) !== 0)
+      this.#fail(`the TUN device ${this.#data.config.tun} is gone`);
+    if ((view.getInt16(2 * POLLFD.size + POLLFD.revents, true) & POLLIN) !== 0)
+      sys.read(this.#data.eventfd, this.#drain.pointer, 8);
+  }
+
+  // ——— from the bridge ———
+
+  #fromTun(): boolean {
+    const arena = this.#arenaBytes;
+    let reads = 0;
+    for (; reads < TUN_READS; reads++) {
+      if (this.#arenaAt + READ_SLOT > ARENA_BYTES || this.#slotsUsed + SEGMENTS_MAX * 2 > HEADER_SLOTS)
+        this.#flush();
+      const at = this.#arenaAt + HEADROOM;
+      setPointer(this.#readVectorView, 0, this.#arena.address + at - VNET.size);
+      this.#readVectorView.setUint32(8, VNET.size + PACKET_MAX, true);
+      const length = sys.readv(this.#tun, this.#readVector.pointer, 1);
+      if (length < 0) {
+        if (length === -ERRNO.EAGAIN || length === -ERRNO.EINTR) break;
+        this.#fail(`read from the TUN device ${this.#data.config.tun}: ${errnoName(length)}`);
+        break;
+      }
+      this.#counters[COUNT.tun_reads]!++;
+      const packet = length - VNET.size;
+      if (packet <= 0) {
+        this.#counters[DROP.malformed_ipv4]!++;
+        continue;
+      }
+      this.#leaving(arena, at, packet);
+    }
+    this.#flush();
+    return reads > 0;
+  }
+
+  /** One read of the TUN: a packet or a super-packet, with its virtio header in front. */
+  #leaving(bytes: Bytes, at: number, length: number): void {
+    const { u8, view } = bytes;
+    const counters = this.#counters;
+    const vnet = at - VNET.size;
+    const type = u8[vnet + VNET.gsoType]!;
+    const needsChecksum = (u8[vnet + VNET.flags]! & VNET_F_NEEDS_CSUM) !== 0;
+    counters[COUNT.from_tun_packets]!++;
+    counters[COUNT.from_tun_bytes]! += length;
+    let segment = 0;
+    if (type === VNET_GSO_TCPV4 || type === VNET_GSO_UDP_L4)
+      segment = view.getUint16(vnet + VNET.gsoSize, true);
+    else if (type !== VNET_GSO_NONE) {
+      counters[DROP.malformed_ipv4]!++;
+      return;
+    } else if (needsChecksum) {
+      // A plain packet whose checksum the device was to finish. The field holds the pseudo-header's sum.
+      const start = view.getUint16(vnet + VNET.csumStart, true);
+      const field = start + view.getUint16(vnet + VNET.csumOffset, true);
+      if (field + 2 > length) {
+        counters[DROP.malformed_transport]!++;
+        return;
+      }
+      const checksum = finish(sum(bytes, at + start, length - start));
+      view.setUint16(
+        at + field,
+        checksum === 0 && u8[at + IPV4.protocol] === PROTOCOL.udp ? 0xffff : checksum,
+      );
+    }
+    const proxy = this.#proxy;
+    const verdict = proxy.leaving(bytes, at, length, segment > 0, segment, this.#now);
+    if (proxy.answers.count > 0) this.#sendAnswers();
+    if (verdict === VERDICT.tun) {
+      if (segment === 0) view.setUint16(vnet, 0); // flags and type: a whole, plain packet
+      this.#writeTun(this.#arena.address + vnet, VNET.size + length);
+    } else if (verdict === VERDICT.tunnel) {
+      const peer = proxy.peer!;
+      if (segment > 0) this.#cut(bytes, at, segment, peer);
+      else this.#wrap(this.#arena, bytes, at, length, peer);
+      // Memory of a packet that waits in the batch is not read into.
+      this.#arenaAt = (at + length + 3) & ~3;
+    }
+    if (proxy.hold.due > 0) this.#resume();
+  }
+
+  #cut(bytes: Bytes, at: number, segment: number, peer: Peer): void {
+    const cutter = this.#cutter;
+    if (!cutter.cut(bytes, at, segment)) {
+      this.#counters[DROP.malformed_transport]!++;
+      return;
+    }
+    const { count, headerLength, headerAt, bodyAt, bodyLength } = cutter;
+    this.#slotsUsed += count;
+    this.#counters[COUNT.segmented_packets]! += count;
+    const headers = this.#headers.address;
+    const arena = this.#arena.address;
+    for (let i = 0; i < count; i++)
+      this.#batch.add(peer, headers + headerAt[i]!, headerLength, arena + bodyAt[i]!, bodyLength[i]!);
+  }
+
+  /** A plain packet into the batch, from where it lies; cut first where its path is narrower than the overlay. */
+  #wrap(region: Region, bytes: Bytes, at: number, length: number, peer: Peer): void {
+    const { vni } = this.#data.config;
+    if (length > peer.mtu) {
+      this.#flush();
+      const cut = cutIntoFragments(bytes, at, peer.mtu, this.#cutsBytes, HEADROOM, (from, size) => {
+        writeTunnel(this.#cutsBytes, from - TUNNEL.size, NEXT_IPV4, vni);
+        this.#batch.add(peer, this.#cuts.address + from - TUNNEL.size, TUNNEL.size + size, 0, 0);
+      });
+      if (!cut) this.#counters[DROP.too_big]!++;
+      this.#flush();
+      return;
+    }
+    writeTunnel(bytes, at - TUNNEL.size, NEXT_IPV4, vni);
+    this.#batch.add(peer, region.address + at - TUNNEL.size, TUNNEL.size + length, 0, 0);
+  }
+
+  #flush(): void {
+    this.#batch.flush(this.#now);
+    this.#arenaAt = 0;
+    this.#slotsUsed = 0;
+  }
+
+  // ——— from the tunnel ———
+
+  #fromTunnel(): boolean {
+    let reads = 0;
+    const view = this.#receiveView;
+    for (; reads < TUNNEL_READS; reads++) {
+      view.setUint32(MSGHDR.nameLength, SOCKADDR_IN.size, true);
+      view.setUint32(MSGHDR.controlLength, RECEIVE.controlSize, true);
+      const length = sys.recvmsg(this.#socket, this.#receive.pointer, 0);
+      if (length < 0) {
+        if (length === -ERRNO.EAGAIN || length === -ERRNO.EINTR) break;
+        if (length === -ERRNO.EBADF) {
+          this.#fail('the tunnel socket is gone');
+          break;
+        }
+        // ICMP errors about what we sent surface here (ECONNREFUSED, EHOSTUNREACH): read off, go on.
+        this.#counters[length === -ERRNO.ECONNREFUSED ? DROP.send_refused : DROP.send_unreachable]!++;
+        continue;
+      }
+      this.#counters[COUNT.tunnel_reads]!++;
+      if ((view.getInt32(MSGHDR.flags, true) & MSG_TRUNC) !== 0) {
+        this.#counters[DROP.short_frame]!++;
+        continue;
+      }
+      let segment = length;
+      if (
+        view.getUint32(MSGHDR.controlLength, true) >= CMSG.data + 4 &&
+        view.getInt32(RECEIVE.control + CMSG.level, true) === SOL_UDP &&
+        view.getInt32(RECEIVE.control + CMSG.type, true) === UDP_GRO
+      )
+        segment = view.getInt32(RECEIVE.control + CMSG.data, true);
+      this.#datagrams(
+        length,
+        segment > 0 ? segment : length,
+        view.getUint32(RECEIVE.name + SOCKADDR_IN.address),
+        view.getUint16(RECEIVE.name + SOCKADDR_IN.port),
+      );
+    }
+    return reads > 0;
+  }
+
+  /** What one receive gave: datagrams of `segment` bytes one behind the other, the last one maybe shorter. */
+  #datagrams(length: number, segment: number, ip: number, port: number): void {
+    const bytes = this.#inboxBytes;
+    const counters = this.#counters;
+    const joiner = this.#joiner;
+    joiner.count = 0;
+    const { vni } = this.#data.config;
+    for (let done = 0; done < length || length === 0; done += segment) {
+      const size = Math.min(segment, length - done);
+      counters[COUNT.from_tunnel_packets]!++;
+      counters[COUNT.from_tunnel_bytes]! += size;
+      const frame = readTunnel(bytes, INBOX_AT + done, size, vni);
+      if (frame === FRAME.ipv4) {
+        const at = INBOX_AT + done + TUNNEL.size;
+        if (checkIpv4(bytes, at, size - TUNNEL.size) !== IPV4_FAULT.none) counters[DROP.malformed_ipv4]!++;
+        else if (joiner.count === 0 || !joiner.add(bytes, at)) {
+          if (joiner.count > 0) this.#arriving(ip, port);
+          joiner.open(bytes, at);
+        }
+      } else if (frame === FRAME.control) this.#takeControl(INBOX_AT + done, size, ip, port);
+      else
+        counters[
+          frame === FRAME.short
+            ? DROP.short_frame
+            : frame === FRAME.flags
+              ? DROP.bad_flags
+              : frame === FRAME.vni
+                ? DROP.wrong_vni
+                : DROP.unknown_protocol
+        ]!++;
+      if (length === 0) break;
+    }
+    if (joiner.count > 0) this.#arriving(ip, port);
+  }
+
+  /** What the joiner holds: one packet, or several that continue each other. */
+  #arriving(ip: number, port: number): void {
+    const bytes = this.#inboxBytes;
+    const joiner = this.#joiner;
+    const proxy = this.#proxy;
+    const many = joiner.count > 1;
+    const { at } = joiner;
+    if (many) joiner.finish(bytes);
+    const verdict = proxy.arriving(bytes, at, joiner.total, many, ip, port, this.#now);
+    if (verdict === VERDICT.tun) {
+      const vnet = at - VNET.size;
+      const { view, u8 } = bytes;
+      if (!many) {
+        u8.fill(0, vnet, at);
+        this.#writeTun(this.#inbox.address + vnet, VNET.size + joiner.total);
+      } else {
+        const tcp = joiner.protocol === PROTOCOL.tcp;
+        u8[vnet + VNET.flags] = VNET_F_NEEDS_CSUM;
+        u8[vnet + VNET.gsoType] = tcp ? VNET_GSO_TCPV4 : VNET_GSO_UDP_L4;
+        view.setUint16(vnet + VNET.hdrLen, joiner.headerLength, true);
+        view.setUint16(vnet + VNET.gsoSize, joiner.size, true);
+        view.setUint16(vnet + VNET.csumStart, IPV4.size, true);
+        view.setUint16(vnet + VNET.csumOffset, tcp ? TCP.checksum : UDP.checksum, true);
+        this.#writeJoined();
+      }
+    }
+    joiner.count = 0;
+    if (proxy.answers.count > 0) this.#sendAnswers();
+    if (proxy.hold.due > 0) this.#resume();
+  }
+
+  #writeJoined(): void {
+    const joiner = this.#joiner;
+    const { at, count, bodyAt, bodyLength } = joiner;
+    const view = this.#writeVectorsView;
+    const inbox = this.#inbox.address;
+    setVector(view, 0, inbox + at - VNET.size, VNET.size + joiner.headerLength + bodyLength[0]!);
+    for (let i = 1; i < count; i++) setVector(view, i * IOVEC_SIZE, inbox + bodyAt[i]!, bodyLength[i]!);
+    this.#counters[COUNT.joined_packets]! += count;
+    this.#finishWrite(sys.writev(this.#tun, this.#writeVectors.pointer, count), joiner.total);
+  }
+
+  #writeTun(address: number, length: number): void {
+    setVector(this.#writeVectorsView, 0, address, length);
+    this.#finishWrite(sys.writev(this.#tun, this.#writeVectors.pointer, 1), length - VNET.size);
+  }
+
+  #finishWrite(result: number, bytes: number): void {
+    this.#counters[COUNT.tun_writes]!++;
+    if (result < 0) {
+      if (result === -ERRNO.EBADFD || result === -ERRNO.EBADF)
+        this.#fail(`write to the TUN device ${this.#data.config.tun}: ${errnoName(result)}`);
+      this.#counters[DROP.tun_full]!++;
+      return;
+    }
+    this.#counters[COUNT.to_tun_packets]!++;
+    this.#counters[COUNT.to_tun_bytes]! += bytes;
+  }
+
+  // ——— what the proxy says itself, and what had to wait ———
+
+  #sendAnswers(): void {
+    const { answers } = this.#proxy;
+    for (let i = 0; i < answers.count; i++) {
+      const at = answers.at[i]! - VNET.size;
+      answers.bytes.u8.fill(0, at, at + VNET.size);
+      this.#writeTun(this.#answers.address + at, VNET.size + answers.length[i]!);
+    }
+    answers.clear();
+  }
+
+  #resume(): void {
+    const { hold } = this.#proxy;
+    for (let held = hold.next(); held !== undefined; held = hold.next()) {
+      const { at, length, leaving, outerIp, outerPort } = held;
+      const verdict = leaving
+        ? this.#proxy.leaving(hold.bytes, at, length, false, 0, this.#now)
+        : this.#proxy.arriving(hold.bytes, at, length, false, outerIp, outerPort, this.#now);
+      if (verdict === VERDICT.tun) {
+        hold.bytes.u8.fill(0, at - VNET.size, at);
+        this.#writeTun(this.#hold.address + at - VNET.size, VNET.size + length);
+      } else if (verdict === VERDICT.tunnel) {
+        this.#wrap(this.#hold, hold.bytes, at, length, this.#proxy.peer!);
+        this.#flush();
+      }
+      this.#counters[COUNT.packets_resumed]!++;
+      hold.free(held);
+      if (this.#proxy.answers.count > 0) this.#sendAnswers();
+    }
+  }
+
+  #learnMtu(peer: Peer): void {
+    const path = pathMtu(sys, peer.targetIp(this.#now), peer.targetPort(this.#now));
+    if (path <= 0) return;
+    const mtu = Math.min(this.#data.config.mtu, path - TUNNEL_OVERHEAD);
+    if (mtu < 68 || mtu === peer.mtu) return;
+    peer.mtu = mtu;
+    peer.mtuMs = this.#now;
+  }
+
+  // ——— control frames ———
+
+  #proof(length: number): Buffer {
+    const { u8 } = this.#controlBytes;
+    const hmac = createHmac('sha256', this.#secret);
+    hmac.update(u8.subarray(0, CONTROL.proof));
+    hmac.update(u8.subarray(CONTROL.size, length));
+    return hmac.digest().subarray(0, CONTROL_PROOF_BYTES);
+  }
+
+  #say(kind: number, token: number, ip: number, port: number, status: Uint8Array): void {
+    // Wall time makes stamps grow across restarts; two frames never share one.
+    this.#stampUs = Math.max(this.#stampUs + 1, Math.floor(Date.now() * 1000));
+    writeControl(this.#controlBytes, 0, this.#data.config.vni, {
+      kind,
+      token,
+      subnet: this.#data.config.subnetBase,
+      stampUs: this.#stampUs,
+    });
+    this.#controlBytes.u8.set(status, CONTROL.size);
+    const length = CONTROL.size + status.length;
+    this.#controlBytes.u8.set(this.#proof(length), CONTROL.proof);
+    const view = this.#sendControlView;
+    view.setUint16(RECEIVE.name + SOCKADDR_IN.family, 2, true);
+    view.setUint16(RECEIVE.name + SOCKADDR_IN.port, port);
+    view.setUint32(RECEIVE.name + SOCKADDR_IN.address, ip);
+    view.setUint32(RECEIVE.vector + 8, length, true);
+    const result = sys.sendmsg(this.#socket, this.#sendControl.pointer, 0);
+    if (result >= 0) this.#counters[COUNT.control_sent]!++;
+  }
+
+  #takeControl(at: number, length: number, ip: number, port: number): void {
+    const control = readControl(this.#inboxBytes, at, length);
+    if (control !== undefined) {
+      this.#controlBytes.u8.set(this.#inboxBytes.u8.subarray(at, at + length));
+      const proof = this.#controlBytes.u8.slice(CONTROL.proof, CONTROL.size);
+      if (timingSafeEqual(proof, this.#proof(length))) {
+        this.#counters[COUNT.control_received]!++;
+        this.#onControl(control.kind, control.token, control.subnet, control.stampUs, length, ip, port);
+        return;
+      }
+    }
+    this.#counters[DROP.bad_control]!++;
+  }
+
+  #onControl(
+    kind: number,
+    token: number,
+    subnet: number,
+    stampUs: number,
+    length: number,
+    ip: number,
+    port: number,
+  ): void {
+    const peer = this.#proxy.routes.peerOf(subnet);
+    if (peer !== undefined) {
+      if (stampUs > peer.stampUs) {
+        peer.stampUs = stampUs;
+        if (peer.learn(ip, port, this.#now)) this.#counters[COUNT.peers_learned]!++;
+      } else if (kind !== CONTROL_KIND.probeBack) return; // replayed, or overtaken
+    }
+    if (kind === CONTROL_KIND.hello) this.#say(CONTROL_KIND.helloBack, token, ip, port, NOTHING);
+    else if (kind === CONTROL_KIND.probe) this.#say(CONTROL_KIND.probeBack, token, ip, port, this.#status);
+    else if (kind === CONTROL_KIND.probeBack) {
+      const probe = this.#probes.get(token);
+      if (probe === undefined) return;
+      this.#probes.delete(token);
+      this.report({
+        kind: 'probed',
+        token,
+        nodeIp: ipv4(probe.nodeIp),
+        rttNs: Math.round((performance.now() - probe.sentMs) * 1e6),
+        status: this.#controlBytes.u8.slice(CONTROL.size, length),
+      });
+    }
+  }
+
+  // ——— the control plane ———
+
+  #takeMessages(): void {
+    for (;;) {
+      const message = receiveMessageOnPort(this.#data.port) as { message: ProxyCommand } | undefined;
+      if (message === undefined) return;
+      this.#take(message.message);
+    }
+  }
+
+  #take(command: ProxyCommand): void {
+    switch (command.kind) {
+      case 'stop':
+        this.#running = false;
+        return;
+      case 'probe': {
+        if (this.#probes.size >= PROBES_MAX) {
+          const oldest = this.#probes.keys().next().value;
+          if (oldest !== undefined) this.#probes.delete(oldest);
+        }
+        let { nodeIp: ip, ewp: port } = command as { nodeIp: number; ewp: number };
+        for (const peer of this.#proxy.routes.peers.values())
+          if (peer.ip === ip && peer.port === port) {
+            ip = peer.targetIp(this.#now);
+            port = peer.targetPort(this.#now);
+            break;
+          }
+        this.#probes.set(command.token, { sentMs: performance.now(), nodeIp: command.nodeIp });
+        this.#say(CONTROL_KIND.probe, command.token, ip, port, NOTHING);
+        return;
+      }
+      case 'probeStatus':
+        this.#status = command.status.subarray(0, PROBE_STATUS_BYTES);
+        return;
+      default:
+        this.#proxy.apply(command, this.#now);
+        if (this.#proxy.answers.count > 0) this.#sendAnswers();
+        if (this.#proxy.hold.due > 0) this.#resume();
+    }
+  }
+
+  #tick(): void {
+    const now = this.#now;
+    this.#tickedMs = now;
+    const proxy = this.#proxy;
+    proxy.tick(FLOW_SWEEP, now);
+    for (const address of proxy.misses.splice(0)) this.report({ kind: 'miss', address });
+    if (proxy.choices.length > 0 && now - this.#reportedMs >= CHOICES_MS) {
+      this.#reportedMs = now;
+      this.report({ kind: 'chosen', choices: proxy.choices.splice(0), more: proxy.choicesMore });
+      proxy.choicesMore = 0;
+    }
+    for (const peer of proxy.routes.peers.values()) {
+      if (now - peer.helloMs < PEER_KEEPALIVE_MS) continue;
+      peer.helloMs = now;
+      this.#say(CONTROL_KIND.hello, 0, peer.targetIp(now), peer.targetPort(now), NOTHING);
+    }
+    for (const [token, probe] of this.#probes) {
+      if (now - probe.sentMs < PROBE_WAIT_MS) break;
+      this.#probes.delete(token);
+    }
+  }
+}
+
+const NOTHING = new Uint8Array(0);
+/** A received datagram begins here: its inner packet is then 4-aligned, with room for a virtio header before it. */
+const INBOX_AT = 4;
+/** Places in the region of a message: the msghdr, then what it points to. */
+const RECEIVE = { name: 64, vector: 80, control: 96, controlSize: 64 } as const;
+
+function setPointer(view: DataView, at: number, address: number): void {
+  view.setUint32(at, address % 2 ** 32, true);
+  view.setUint32(at + 4, address / 2 ** 32, true);
+}
+
+function setVector(view: DataView, at: number, address: number, length: number): void {
+  setPointer(view, at, address);
+  view.setUint32(at + 8, length, true);
+  view.setUint32(at + 12, 0, true);
+}
+
+const data = workerData as ThreadData;
+try {
+  const loop = new Loop(data);
+  loop.report({ kind: 'ready' });
+  try {
+    loop.run();
+  } finally {
+    loop.close();
+  }
+  loop.report(loop.error === undefined ? { kind: 'stopped' } : { kind: 'stopped', error: loop.error });
+} catch (error) {
+  const text = error instanceof Error ? (error.stack ?? error.message) : String(error);
+  data.port.postMessage({ kind: 'stopped', error: text } satisfies ProxyReport);
+}
+data.port.close();

@@ -1,0 +1,136 @@
+// Packets that wait: a fragment for its datagram's first, a packet for its route. A fixed number of fixed slots; what
+// does not fit is not held. They are copies, and come back exactly as they were when they came.
+import {
+  FRAGMENT_MS,
+  FRAGMENTS_HELD_MAX,
+  PACKET_HELD_BYTES,
+  PACKET_HELD_MS,
+  PACKETS_HELD_MAX,
+} from '../../src/limits.ts';
+import { type Bytes, newBytes } from '../../src/wire/bytes.ts';
+
+/** Room for tunnel and virtio headers in front of each. */
+export const HOLD_HEADROOM = 16;
+const SLOTS = PACKETS_HELD_MAX + FRAGMENTS_HELD_MAX;
+
+export interface Held {
+  readonly at: number;
+  length: number;
+  /** True: from the bridge; false: from the tunnel, from that endpoint. */
+  leaving: boolean;
+  outerIp: number;
+  outerPort: number;
+  state: 'free' | 'route' | 'fragment' | 'due';
+  /** Address whose route it waits for. */
+  address: number;
+  /** Datagram that it belongs to. */
+  source: number;
+  target: number;
+  id: number;
+  protocol: number;
+  untilMs: number;
+}
+
+export class Hold {
+  readonly bytes: Bytes;
+  readonly #slots: Held[];
+  /** Slots in use; when 0 nothing is searched. */
+  waiting = 0;
+  due = 0;
+  #fragments = 0;
+
+  constructor(bytes: Bytes = newBytes(Hold.memory)) {
+    this.bytes = bytes;
+    this.#slots = Array.from({ length: SLOTS }, (_, i) => ({
+      at: i * PACKET_HELD_BYTES + HOLD_HEADROOM,
+      length: 0,
+      leaving: true,
+      outerIp: 0,
+      outerPort: 0,
+      state: 'free' as const,
+      address: 0,
+      source: 0,
+      target: 0,
+      id: 0,
+      protocol: 0,
+      untilMs: 0,
+    }));
+  }
+
+  static get memory(): number {
+    return SLOTS * PACKET_HELD_BYTES;
+  }
+
+  /** A slot with a copy of the packet, for the caller to fill in; undefined when it cannot be held. */
+  take(
+    bytes: Bytes,
+    offset: number,
+    length: number,
+    state: 'route' | 'fragment',
+    now: number,
+  ): Held | undefined {
+    if (length > PACKET_HELD_BYTES - HOLD_HEADROOM) return undefined;
+    if (state === 'fragment' && this.#fragments >= FRAGMENTS_HELD_MAX) return undefined;
+    if (state === 'route' && this.waiting - this.#fragments >= PACKETS_HELD_MAX) return undefined;
+    const held = this.#slots.find((slot) => slot.state === 'free');
+    if (held === undefined) return undefined;
+    this.bytes.u8.set(bytes.u8.subarray(offset, offset + length), held.at);
+    held.length = length;
+    held.state = state;
+    held.untilMs = now + (state === 'route' ? PACKET_HELD_MS : FRAGMENT_MS);
+    this.waiting++;
+    if (state === 'fragment') this.#fragments++;
+    return held;
+  }
+
+  /** A route for the address has come: its packets are due. */
+  routeCame(address: number): void {
+    if (this.waiting === 0) return;
+    for (const held of this.#slots) if (held.state === 'route' && held.address === address) this.#ready(held);
+  }
+
+  firstCame(source: number, target: number, id: number, protocol: number): void {
+    if (this.#fragments === 0) return;
+    for (const held of this.#slots)
+      if (
+        held.state === 'fragment' &&
+        held.source === source &&
+        held.target === target &&
+        held.id === id &&
+        held.protocol === protocol
+      )
+        this.#ready(held);
+  }
+
+  /** A packet that may go on now; give it back with `free`. In the order in which they came, mostly. */
+  next(): Held | undefined {
+    return this.due === 0 ? undefined : this.#slots.find((slot) => slot.state === 'due');
+  }
+
+  free(held: Held): void {
+    if (held.state === 'due') this.due--;
+    if (held.state === 'fragment') this.#fragments--;
+    held.state = 'free';
+    this.waiting--;
+  }
+
+  /** Lets go of what waited too long; returns how many fragments and how many packets. */
+  expire(now: number): { readonly fragments: number; readonly packets: number } {
+    let fragments = 0;
+    let packets = 0;
+    if (this.waiting > 0)
+      for (const held of this.#slots) {
+        if ((held.state !== 'fragment' && held.state !== 'route') || now < held.untilMs) continue;
+        if (held.state === 'fragment') fragments++;
+        else packets++;
+        this.free(held);
+      }
+    return { fragments, packets };
+  }
+
+  #ready(held: Held): void {
+    if (held.state === 'fragment') this.#fragments--;
+    held.state = 'due';
+    this.due++;
+  }
+}

@@ -1,0 +1,895 @@
+// The ProxyTUN's decisions: what a packet from the bridge or from the tunnel becomes, and where it goes. Packets are
+// rewritten in place; time comes in as an argument; nothing here sends, waits or throws for what a packet holds.
+//
+//   leaving   (bridge → TUN → here)     source: namespace IP → InstanceIP of the sender
+//                                       target: ServiceIP or InstanceIP → namespace IP of the chosen instance
+//   arriving  (tunnel → here → bridge)  source: InstanceIP → ServiceIP that the app had dialled, if a flow says so
+//
+// Only the client's node keeps flows. A packet whose target lives on this node is left and arrived in one step.
+import { type Ipv4, ipv4 } from '../../src/addr.ts';
+import { CHOICES_PER_REPORT_MAX, MISS_REPORT_MS, MISSES_MAX, PATH_MTU_MS } from '../../src/limits.ts';
+import { Rng } from '../../src/rng.ts';
+import type { Bytes } from '../../src/wire/bytes.ts';
+import { adjust, difference, sum32 } from '../../src/wire/checksum.ts';
+import { finishIcmp, ICMP, ICMP_TYPE, isIcmpError, UNREACHABLE } from '../../src/wire/icmp.ts';
+import {
+  checkIpv4,
+  FLAG_DF,
+  FLAG_MF,
+  FRAGMENT_MASK,
+  headerLength,
+  IPV4,
+  IPV4_FAULT,
+  PROTOCOL,
+} from '../../src/wire/ipv4.ts';
+import { checkTcp, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, tcpHeaderLength } from '../../src/wire/tcp.ts';
+import { UDP } from '../../src/wire/udp.ts';
+import { Answers } from './answer.ts';
+import type { Choice, ProxyCommand, ProxyConfig } from './command.ts';
+import { Contacts } from './contacts.ts';
+import { FLOW_STATE, Flow, FlowTable, isStale } from './flows.ts';
+import { Tracks } from './fragments.ts';
+import { Hold } from './hold.ts';
+import type { Peer } from './peers.ts';
+import { type Rewrite, rewrite, TRANSPORT, type Transport } from './rewrite.ts';
+import { type InstanceEntry, type LocalEntry, Routes, type Target } from './routes.ts';
+import { COUNT, COUNTER_COUNT, DROP, VERDICT, type Verdict } from './verdict.ts';
+
+/** Source ports that a flow gets when its own would be ambiguous: Linux's own ephemeral range. */
+const WIRE_PORT_FIRST = 32_768;
+const WIRE_PORTS = 28_232;
+const WIRE_PORT_TRIES = 64;
+
+export interface ProxyMemory {
+  readonly counters?: Float64Array;
+  readonly answers?: Bytes;
+  readonly hold?: Bytes;
+}
+
+export class ProxyTun {
+  readonly routes: Routes;
+  readonly flows: FlowTable;
+  readonly answers: Answers;
+  readonly hold: Hold;
+  /** By COUNT and DROP. */
+  readonly counters: Float64Array;
+  /** Where the last VERDICT.tunnel goes. */
+  peer: Peer | undefined;
+  /** Addresses missed since they were last taken. */
+  readonly misses: Ipv4[] = [];
+  readonly choices: Choice[] = [];
+  choicesMore = 0;
+  readonly #config: ProxyConfig;
+  readonly #bridge: number;
+  readonly #contacts: Contacts;
+  readonly #tracks = new Tracks();
+  readonly #rng: Rng;
+  readonly #missedMs = new Map<number, number>();
+  readonly #to: Rewrite = { source: 0, target: 0, sourcePort: 0, targetPort: 0, ttl: 0 };
+  /** Flows whose dialled address is an InstanceIP: rare, and when there are none nobody looks for them. */
+  #instanceFlows = 0;
+  // The packet at hand, as #parse found it.
+  #at = 0;
+  #total = 0;
+  #protocol = 0;
+  #source = 0;
+  #target = 0;
+  #sourcePort = 0;
+  #targetPort = 0;
+  #flags = 0;
+  #kind: Transport = TRANSPORT.none;
+  #fragment = 0;
+
+  constructor(config: ProxyConfig, memory: ProxyMemory = {}) {
+    this.#config = config;
+    this.#bridge = config.subnetBase + 1;
+    this.routes = new Routes(config);
+    this.flows = new FlowTable(config.flowsMax);
+    this.#contacts = new Contacts(Math.max(1024, config.flowsMax >> 2));
+    this.#rng = new Rng(config.seed, 7);
+    this.counters = memory.counters ?? new Float64Array(COUNTER_COUNT);
+    this.answers = new Answers(memory.answers);
+    this.hold = new Hold(memory.hold);
+  }
+
+  // ——— the packet path ———
+
+  /**
+   * A packet that the TUN device gave. `partial`: its transport checksum is the pseudo-header's sum only. `segment`:
+   * payload bytes per segment of a super-packet, 0 for a plain packet.
+   */
+  leaving(
+    bytes: Bytes,
+    offset: number,
+    length: number,
+    partial: boolean,
+    segment: number,
+    now: number,
+  ): Verdict {
+    const { u8 } = bytes;
+    if (length === 0 || u8[offset]! >> 4 !== 4 || checkIpv4(bytes, offset, length) !== IPV4_FAULT.none)
+      return this.#drop(DROP.malformed_ipv4);
+    const fault = this.#parse(bytes, offset, partial);
+    if (fault !== 0) return this.#drop(fault);
+    const local = this.routes.local(this.#source);
+    if (local === undefined)
+      return this.#isHostError(bytes)
+        ? this.#leavingError(bytes, offset, this.routes.local(this.#quoted(bytes)), now)
+        : this.#drop(DROP.spoofed_source);
+    if (!this.routes.inServices(this.#target)) return this.#drop(DROP.not_service_address);
+    if (u8[offset + IPV4.ttl]! <= 1) {
+      this.#error(bytes, offset, ICMP_TYPE.timeExceeded, 0, 0, now);
+      return this.#drop(DROP.ttl_exceeded);
+    }
+    if (this.#kind === TRANSPORT.none) return this.#later(bytes, offset, length, true, 0, 0, now);
+    if (this.#protocol === PROTOCOL.icmp && isIcmpError(u8[this.#at + ICMP.type]!))
+      return this.#leavingError(bytes, offset, local, now);
+
+    const target = this.routes.target(this.#target);
+    if (target === undefined) {
+      this.#miss(bytes, offset, length, this.#target, true, 0, 0, now);
+      return this.#drop(DROP.unknown_destination);
+    }
+    let instance = target.instance;
+    let wirePort = this.#sourcePort;
+    if (instance === undefined || this.#instanceFlows > 0) {
+      const found = this.flows.byDialled(
+        this.#protocol,
+        this.#source,
+        this.#sourcePort,
+        this.#target,
+        this.#targetPort,
+      );
+      let flow = found;
+      if (flow !== undefined && this.#hasEnded(flow, now)) {
+        this.#removeFlow(flow);
+        flow = undefined;
+      }
+      if (flow === undefined && instance === undefined) {
+        const made = this.#open(bytes, offset, local, target, now);
+        if (typeof made === 'number') return this.#drop(made);
+        flow = made;
+      }
+      if (flow !== undefined) {
+        if (flow.state === FLOW_STATE.reset) {
+          if (this.#protocol === PROTOCOL.tcp && this.answers.refuse(bytes, offset))
+            this.counters[COUNT.resets_made]!++;
+          return this.#drop(DROP.flow_reset);
+        }
+        if (this.#protocol === PROTOCOL.tcp) this.#trackOut(bytes, flow);
+        this.flows.use(flow, now);
+        instance = flow.instance;
+        wirePort = flow.wirePort;
+      }
+    }
+    if (instance === undefined) return this.#drop(DROP.no_instance);
+    if (target.instance !== undefined && wirePort === this.#sourcePort) {
+      const changed = this.#byInstanceIp(bytes, offset, local, target, instance, now);
+      if (changed < 0) return this.#drop(-changed);
+      wirePort = changed;
+    }
+
+    const to = this.#to;
+    to.source = local.instanceIp;
+    to.target = instance.namespaceIp;
+    to.sourcePort = wirePort;
+    to.targetPort = this.#targetPort;
+    to.ttl = 1;
+    const peer = instance.peer;
+    this.peer = peer;
+    if (peer === undefined) {
+      const receiver = this.routes.local(instance.namespaceIp);
+      if (receiver === undefined) {
+        this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.host, 0, now);
+        return this.#drop(DROP.unknown_receiver);
+      }
+      this.#deliver(bytes, receiver, local.instanceIp, now);
+      this.counters[COUNT.same_node_packets]!++;
+    } else if (peer.mtu < this.#config.mtu && !this.#fits(bytes, offset, peer, segment, now)) {
+      return this.#drop(DROP.too_big);
+    }
+    if ((this.#fragment & FLAG_MF) !== 0) this.#note(bytes, offset, peer, now);
+    rewrite(bytes, offset, this.#at, this.#kind, to);
+    return peer === undefined ? VERDICT.tun : VERDICT.tunnel;
+  }
+
+  /**
+   * An inner packet from the tunnel, from that outer source. `partial` when segments were joined into it. Its header
+   * was checked by whoever cut it out of the frame.
+   */
+  arriving(
+    bytes: Bytes,
+    offset: number,
+    length: number,
+    partial: boolean,
+    outerIp: number,
+    outerPort: number,
+    now: number,
+  ): Verdict {
+    if (checkIpv4(bytes, offset, length) !== IPV4_FAULT.none) return this.#drop(DROP.malformed_ipv4);
+    const fault = this.#parse(bytes, offset, partial);
+    if (fault !== 0) return this.#drop(fault);
+    const sender = this.routes.instance(this.#source);
+    if (sender === undefined) {
+      if (this.routes.inServices(this.#source) && this.routes.local(this.#target) !== undefined)
+        this.#miss(bytes, offset, length, this.#source, false, outerIp, outerPort, now);
+      return this.#drop(DROP.unknown_sender);
+    }
+    const peer = sender.peer;
+    if (peer === undefined || !peer.accepts(outerIp, outerPort, now)) return this.#drop(DROP.spoofed_sender);
+    const receiver = this.routes.local(this.#target);
+    if (receiver === undefined) return this.#drop(DROP.unknown_receiver);
+    if (this.#kind === TRANSPORT.none)
+      return this.#later(bytes, offset, length, false, outerIp, outerPort, now);
+    if (this.#protocol === PROTOCOL.icmp && isIcmpError(bytes.u8[this.#at + ICMP.type]!))
+      return this.#arrivingError(bytes, offset, receiver, sender);
+
+    const to = this.#to;
+    to.source = this.#source;
+    to.target = this.#target;
+    to.sourcePort = this.#sourcePort;
+    to.targetPort = this.#targetPort;
+    to.ttl = 0;
+    this.#deliver(bytes, receiver, this.#source, now);
+    if ((this.#fragment & FLAG_MF) !== 0) this.#note(bytes, offset, undefined, now);
+    if (to.source !== this.#source || to.targetPort !== this.#targetPort)
+      rewrite(bytes, offset, this.#at, this.#kind, to);
+    return VERDICT.tun;
+  }
+
+  /** The receiving half: if a flow of the receiver chose this sender, the packet seems to come from what it dialled.
+   *  Works on #to, whose addresses and ports are those of the wire. */
+  #deliver(bytes: Bytes, receiver: LocalEntry, senderIp: number, now: number): void {
+    const to = this.#to;
+    const protocol = this.#protocol;
+    if (protocol === PROTOCOL.icmp) {
+      const type = bytes.u8[this.#at + ICMP.type];
+      if (type === ICMP_TYPE.echo)
+        this.#contacts.note(protocol, receiver.namespaceIp, to.sourcePort, senderIp, 0, false, now);
+      else {
+        const flow = this.flows.byWire(protocol, receiver.namespaceIp, to.sourcePort, senderIp, 0);
+        if (flow === undefined) return;
+        this.#trackIn(flow, now);
+        to.source = flow.dialled;
+        to.sourcePort = flow.port;
+      }
+      return;
+    }
+    const flow = this.flows.byWire(protocol, receiver.namespaceIp, to.targetPort, senderIp, to.sourcePort);
+    if (flow !== undefined && flow.state !== FLOW_STATE.reset) {
+      this.#trackIn(flow, now);
+      to.source = flow.dialled;
+      to.targetPort = flow.port;
+      return;
+    }
+    if (
+      protocol === PROTOCOL.udp &&
+      this.#contacts.find(protocol, receiver.namespaceIp, to.targetPort, senderIp, to.sourcePort, now) < 0
+    )
+      this.#contacts.note(protocol, receiver.namespaceIp, to.targetPort, senderIp, to.sourcePort, false, now);
+  }
+
+  // ——— flows ———
+
+  /** A new flow to a ServiceIP, or the counter of the reason why not. */
+  #open(bytes: Bytes, offset: number, local: LocalEntry, target: Target, now: number): Flow | number {
+    const protocol = this.#protocol;
+    if (protocol === PROTOCOL.tcp && (this.#flags & (TCP_SYN | TCP_ACK | TCP_RST)) !== TCP_SYN) {
+      if (this.answers.refuse(bytes, offset)) this.counters[COUNT.resets_made]!++;
+      return DROP.no_flow;
+    }
+    if (protocol === PROTOCOL.icmp && bytes.u8[this.#at + ICMP.type] !== ICMP_TYPE.echo) return DROP.no_flow;
+    if (local.needs !== undefined && !local.needs.has(target.service.id)) {
+      this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.prohibited, 0, now);
+      return DROP.not_needed;
+    }
+    const instance = this.routes.choose(target);
+    if (instance === undefined) {
+      if (protocol === PROTOCOL.tcp && this.answers.refuse(bytes, offset))
+        this.counters[COUNT.resets_made]!++;
+      else this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.host, 0, now);
+      return DROP.no_instance;
+    }
+    return this.#makeFlow(local, target, instance, now);
+  }
+
+  #makeFlow(local: LocalEntry, target: Target, instance: InstanceEntry, now: number): Flow | number {
+    const wirePort = this.#freeWirePort(local, instance, now);
+    if (wirePort < 0) return DROP.ports_exhausted;
+    const flow = new Flow(
+      this.#protocol,
+      local.namespaceIp,
+      this.#sourcePort,
+      target.address,
+      this.#targetPort,
+      wirePort,
+      instance,
+      now,
+    );
+    if (target.policy === undefined) this.#instanceFlows++;
+    const evicted = this.flows.evicted;
+    this.flows.add(flow);
+    this.counters[COUNT.flows_made]!++;
+    this.counters[COUNT.flows_evicted]! += this.flows.evicted - evicted;
+    this.counters[COUNT.flows] = this.flows.size;
+    this.#chose(target, instance, local);
+    return flow;
+  }
+
+  /** The sender's own port, or another one when that would look like another flow of its on the wire. -1: none. */
+  #freeWirePort(local: LocalEntry, instance: InstanceEntry, now: number): number {
+    let port = this.#sourcePort;
+    for (let tries = 0; tries < WIRE_PORT_TRIES; tries++) {
+      const other = this.flows.byWire(
+        this.#protocol,
+        local.namespaceIp,
+        port,
+        instance.instanceIp,
+        this.#targetPort,
+      );
+      if (other !== undefined && (isStale(other, now) || other.state === FLOW_STATE.reset))
+        this.#removeFlow(other);
+      const taken = other !== undefined && other.slot >= 0;
+      if (!taken) {
+        const contact = this.#contacts.find(
+          this.#protocol,
+          local.namespaceIp,
+          port,
+          instance.instanceIp,
+          this.#targetPort,
+          now,
+        );
+        if (contact < 0 || !this.#contacts.isDialled(contact)) return port;
+      }
+      port = WIRE_PORT_FIRST + this.#rng.below(WIRE_PORTS);
+      if (tries === 0) this.counters[COUNT.wire_ports_changed]!++;
+    }
+    return -1;
+  }
+
+  /** A packet to an InstanceIP that no flow knows: its port on the wire, or minus the counter of a drop. */
+  #byInstanceIp(
+    bytes: Bytes,
+    offset: number,
+    local: LocalEntry,
+    target: Target,
+    instance: InstanceEntry,
+    now: number,
+  ): number {
+    const protocol = this.#protocol;
+    if (protocol === PROTOCOL.tcp) {
+      // Only what opens a connection is checked: the rest opens nothing, and a server must be able to go on
+      // answering after its agent was restarted.
+      if ((this.#flags & (TCP_SYN | TCP_ACK)) !== TCP_SYN) return this.#sourcePort;
+    } else {
+      if (protocol === PROTOCOL.icmp && bytes.u8[this.#at + ICMP.type] === ICMP_TYPE.echoReply) {
+        if (local.needs === undefined || local.needs.has(target.service.id)) return this.#sourcePort;
+        const asked = this.#contacts.find(
+          protocol,
+          local.namespaceIp,
+          this.#sourcePort,
+          instance.instanceIp,
+          0,
+          now,
+        );
+        return asked >= 0 ? this.#sourcePort : -DROP.not_needed;
+      }
+      const contact = this.#contacts.find(
+        protocol,
+        local.namespaceIp,
+        this.#sourcePort,
+        instance.instanceIp,
+        this.#targetPort,
+        now,
+      );
+      if (contact >= 0) return this.#sourcePort;
+    }
+    if (local.needs !== undefined && !local.needs.has(target.service.id)) {
+      this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.prohibited, 0, now);
+      return -DROP.not_needed;
+    }
+    const other = this.flows.byWire(
+      protocol,
+      local.namespaceIp,
+      this.#sourcePort,
+      instance.instanceIp,
+      this.#targetPort,
+    );
+    if (other === undefined) {
+      this.#contacts.note(
+        protocol,
+        local.namespaceIp,
+        this.#sourcePort,
+        instance.instanceIp,
+        this.#targetPort,
+        true,
+        now,
+      );
+      return this.#sourcePort;
+    }
+    const made = this.#makeFlow(local, target, instance, now);
+    if (typeof made === 'number') return -made;
+    if (protocol === PROTOCOL.tcp) this.#trackOut(bytes, made);
+    return made.wirePort;
+  }
+
+  /** True when the packet at hand cannot belong to that flow any more. */
+  #hasEnded(flow: Flow, now: number): boolean {
+    if (isStale(flow, now)) {
+      this.counters[COUNT.flows_expired]!++;
+      return true;
+    }
+    return (
+      flow.protocol === PROTOCOL.tcp &&
+      flow.state >= FLOW_STATE.closed &&
+      (this.#flags & (TCP_SYN | TCP_ACK)) === TCP_SYN
+    );
+  }
+
+  #trackOut(bytes: Bytes, flow: Flow): void {
+    const { view } = bytes;
+    const flags = this.#flags;
+    const data = this.#total - (this.#at - this.#start) - tcpHeaderLength(bytes, this.#at);
+    const extra = (flags & (TCP_SYN | TCP_FIN)) !== 0 ? 1 : 0;
+    flow.clientNext = (view.getUint32(this.#at + TCP.sequence) + data + extra) >>> 0;
+    if ((flags & TCP_ACK) !== 0) flow.clientAck = view.getUint32(this.#at + TCP.acknowledgment);
+    if ((flags & (TCP_FIN | TCP_RST)) === 0) return;
+    if ((flags & TCP_FIN) !== 0) flow.finOut = true;
+    this.#close(flow);
+  }
+
+  #trackIn(flow: Flow, now: number): void {
+    if (flow.state === FLOW_STATE.opening) flow.state = FLOW_STATE.established;
+    this.flows.use(flow, now);
+    if (flow.protocol !== PROTOCOL.tcp || (this.#flags & (TCP_FIN | TCP_RST)) === 0) return;
+    if ((this.#flags & TCP_FIN) !== 0) flow.finIn = true;
+    this.#close(flow);
+  }
+
+  #close(flow: Flow): void {
+    if ((this.#flags & TCP_RST) !== 0 || (flow.finIn && flow.finOut)) flow.state = FLOW_STATE.closed;
+    else flow.state = FLOW_STATE.halfClosed;
+  }
+
+  #removeFlow(flow: Flow): void {
+    if (flow.slot < 0) return;
+    if (this.routes.target(flow.dialled)?.policy === undefined && this.#instanceFlows > 0)
+      this.#instanceFlows--;
+    this.flows.remove(flow);
+    this.counters[COUNT.flows] = this.flows.size;
+  }
+
+  /** Ends the flows that point at an instance which is gone: TCP by a reset, the rest by forgetting the choice. */
+  #endFlows(ended: (flow: Flow) => boolean, now: number): void {
+    for (const flow of this.flows) {
+      if (!ended(flow)) continue;
+      const opened = flow.state !== FLOW_STATE.opening;
+      if (flow.protocol !== PROTOCOL.tcp || !opened || flow.state >= FLOW_STATE.closed) {
+        this.#removeFlow(flow);
+        continue;
+      }
+      flow.state = FLOW_STATE.reset;
+      flow.usedMs = now;
+      this.counters[COUNT.flows_reset]!++;
+      const { dialled, remotePort, local, port, clientAck, clientNext } = flow;
+      if (this.answers.full) this.onAnswersFull();
+      if (this.answers.reset(dialled, remotePort, local, port, clientAck, clientNext, true))
+        this.counters[COUNT.resets_made]!++;
+    }
+  }
+
+  /** Called when many flows end at once and answers must leave before more fit; the packet loop sets it. */
+  onAnswersFull: () => void = () => this.answers.clear();
+
+  // ——— ICMP errors ———
+
+  /** The quoted packet's target, when the packet at hand is an ICMP error long enough to have one. */
+  #quoted(bytes: Bytes): number {
+    return bytes.view.getUint32(this.#at + ICMP.quote + IPV4.target);
+  }
+
+  /** This host itself speaks only of packets that it could not deliver to an instance. */
+  #isHostError(bytes: Bytes): boolean {
+    return (
+      this.#source === this.#bridge &&
+      this.#protocol === PROTOCOL.icmp &&
+      this.#kind !== TRANSPORT.none &&
+      isIcmpError(bytes.u8[this.#at + ICMP.type]!) &&
+      this.#quoteLength(this.#start) >= IPV4.size
+    );
+  }
+
+  /** Bytes of the quoted packet that are there. */
+  #quoteLength(start: number): number {
+    return this.#total - (this.#at - start) - ICMP.size;
+  }
+
+  /** An instance complains of a packet that it got: the quote becomes what was on the wire. */
+  #leavingError(bytes: Bytes, offset: number, local: LocalEntry | undefined, now: number): Verdict {
+    const quote = this.#at + ICMP.quote;
+    const ports = this.#quotePorts(bytes, quote, this.#quoteLength(offset));
+    if (local === undefined || ports === undefined) return this.#drop(DROP.bad_quote);
+    const { view, u8 } = bytes;
+    const saidBy = view.getUint32(quote + IPV4.source);
+    if (view.getUint32(quote + IPV4.target) !== local.namespaceIp) return this.#drop(DROP.bad_quote);
+    const flow = this.flows.byDialled(
+      u8[quote + IPV4.protocol]!,
+      local.namespaceIp,
+      ports.target,
+      saidBy,
+      ports.source,
+    );
+    const instance = flow?.instance ?? this.routes.instance(saidBy);
+    if (instance === undefined) return this.#drop(DROP.bad_quote);
+    this.#rewriteQuote(
+      bytes,
+      offset,
+      quote,
+      instance.instanceIp,
+      local.namespaceIp,
+      ports.source,
+      flow?.wirePort ?? ports.target,
+    );
+    const to = this.#to;
+    to.source = local.instanceIp;
+    to.target = instance.namespaceIp;
+    to.sourcePort = view.getUint16(this.#at + ICMP.id);
+    to.ttl = 1;
+    this.peer = instance.peer;
+    if (instance.peer === undefined) {
+      const receiver = this.routes.local(instance.namespaceIp);
+      if (receiver === undefined) return this.#drop(DROP.unknown_receiver);
+      rewrite(bytes, offset, this.#at, TRANSPORT.none, to);
+      this.counters[COUNT.same_node_packets]!++;
+      this.#parse(bytes, offset, false);
+      const sender = this.routes.instance(local.instanceIp);
+      return sender === undefined
+        ? this.#drop(DROP.unknown_sender)
+        : this.#arrivingError(bytes, offset, receiver, sender);
+    }
+    rewrite(bytes, offset, this.#at, TRANSPORT.none, to);
+    void now;
+    return VERDICT.tunnel;
+  }
+
+  /** Somebody complains of a packet that an instance here sent: the quote becomes what the instance had sent. */
+  #arrivingError(bytes: Bytes, offset: number, receiver: LocalEntry, sender: InstanceEntry): Verdict {
+    const quote = this.#at + ICMP.quote;
+    const ports = this.#quotePorts(bytes, quote, this.#quoteLength(offset));
+    if (ports === undefined) return this.#drop(DROP.bad_quote);
+    const { view, u8 } = bytes;
+    if (view.getUint32(quote + IPV4.source) !== receiver.instanceIp) return this.#drop(DROP.bad_quote);
+    const about = this.routes.instanceAt(view.getUint32(quote + IPV4.target));
+    if (about === undefined) return this.#drop(DROP.bad_quote);
+    const flow = this.flows.byWire(
+      u8[quote + IPV4.protocol]!,
+      receiver.namespaceIp,
+      ports.source,
+      about.instanceIp,
+      ports.target,
+    );
+    this.#rewriteQuote(
+      bytes,
+      offset,
+      quote,
+      receiver.namespaceIp,
+      flow?.dialled ?? about.instanceIp,
+      flow?.port ?? ports.source,
+      ports.target,
+    );
+    const to = this.#to;
+    to.source = flow?.dialled ?? sender.instanceIp;
+    to.target = receiver.namespaceIp;
+    to.ttl = 0;
+    rewrite(bytes, offset, this.#at, TRANSPORT.none, to);
+    return VERDICT.tun;
+  }
+
+  /** Ports of a quoted packet; of an echo its identifier as the source. Undefined when the quote is no packet. */
+  #quotePorts(bytes: Bytes, quote: number, length: number): { source: number; target: number } | undefined {
+    const { u8, view } = bytes;
+    if (length < IPV4.size || u8[quote]! >> 4 !== 4) return undefined;
+    const header = headerLength(bytes, quote);
+    if (header < IPV4.size || length < header + 8) return undefined;
+    if ((view.getUint16(quote + IPV4.fragment) & FRAGMENT_MASK) !== 0) return undefined;
+    const at = quote + header;
+    const protocol = u8[quote + IPV4.protocol];
+    if (protocol === PROTOCOL.icmp) {
+      const type = u8[at + ICMP.type];
+      const id = view.getUint16(at + ICMP.id);
+      if (type === ICMP_TYPE.echo) return { source: id, target: 0 };
+      return type === ICMP_TYPE.echoReply ? { source: 0, target: id } : undefined;
+    }
+    if (protocol !== PROTOCOL.tcp && protocol !== PROTOCOL.udp) return undefined;
+    return { source: view.getUint16(at), target: view.getUint16(at + 2) };
+  }
+
+  #rewriteQuote(
+    bytes: Bytes,
+    offset: number,
+    quote: number,
+    source: number,
+    target: number,
+    sourcePort: number,
+    targetPort: number,
+  ): void {
+    const { view, u8 } = bytes;
+    const length = this.#quoteLength(offset);
+    const at = quote + headerLength(bytes, quote);
+    const protocol = u8[quote + IPV4.protocol];
+    const delta = difference(
+      sum32(view.getUint32(quote + IPV4.source)) + sum32(view.getUint32(quote + IPV4.target)),
+      sum32(source) + sum32(target),
+    );
+    view.setUint32(quote + IPV4.source, source);
+    view.setUint32(quote + IPV4.target, target);
+    view.setUint16(quote + IPV4.checksum, adjust(view.getUint16(quote + IPV4.checksum), delta));
+    if (protocol === PROTOCOL.icmp) {
+      const id = u8[at + ICMP.type] === ICMP_TYPE.echo ? sourcePort : targetPort;
+      const was = view.getUint16(at + ICMP.id);
+      view.setUint16(at + ICMP.id, id);
+      view.setUint16(at + ICMP.checksum, adjust(view.getUint16(at + ICMP.checksum), difference(was, id)));
+    } else {
+      const was = view.getUint16(at) + view.getUint16(at + 2);
+      view.setUint16(at, sourcePort);
+      view.setUint16(at + 2, targetPort);
+      const field = at + (protocol === PROTOCOL.tcp ? TCP.checksum : UDP.checksum);
+      if (field + 2 <= quote + length && !(protocol === PROTOCOL.udp && view.getUint16(field) === 0))
+        view.setUint16(
+          field,
+          adjust(view.getUint16(field), delta + difference(was, sourcePort + targetPort)),
+        );
+    }
+    finishIcmp(bytes, this.#at, this.#total - (this.#at - offset));
+  }
+
+  #error(bytes: Bytes, offset: number, type: number, code: number, mtu: number, now: number): void {
+    if (this.answers.error(bytes, offset, type, code, mtu, now)) this.counters[COUNT.icmp_made]!++;
+  }
+
+  // ——— fragments, path MTU, misses ———
+
+  /** Remembers what the first fragment at hand met, and lets its later ones go on. */
+  #note(bytes: Bytes, offset: number, peer: Peer | undefined, now: number): void {
+    const id = bytes.view.getUint16(offset + IPV4.id);
+    this.#tracks.note(
+      this.#source,
+      this.#target,
+      id,
+      this.#protocol,
+      this.#to.source,
+      this.#to.target,
+      peer,
+      now,
+    );
+    this.hold.firstCame(this.#source, this.#target, id, this.#protocol);
+  }
+
+  /** A later fragment. */
+  #later(
+    bytes: Bytes,
+    offset: number,
+    length: number,
+    leaving: boolean,
+    outerIp: number,
+    outerPort: number,
+    now: number,
+  ): Verdict {
+    const id = bytes.view.getUint16(offset + IPV4.id);
+    const track = this.#tracks.find(this.#source, this.#target, id, this.#protocol, now);
+    if (track === undefined) {
+      const held = this.hold.take(bytes, offset, length, 'fragment', now);
+      if (held === undefined) return this.#drop(DROP.fragments_full);
+      held.leaving = leaving;
+      held.outerIp = outerIp;
+      held.outerPort = outerPort;
+      held.source = this.#source;
+      held.target = this.#target;
+      held.id = id;
+      held.protocol = this.#protocol;
+      this.counters[COUNT.fragments_held]!++;
+      return VERDICT.drop;
+    }
+    const to = this.#to;
+    to.source = track.newSource;
+    to.target = track.newTarget;
+    to.ttl = leaving ? 1 : 0;
+    this.peer = track.peer;
+    if (leaving && track.peer !== undefined && track.peer.mtu < this.#config.mtu)
+      if (!this.#fits(bytes, offset, track.peer, 0, now)) return this.#drop(DROP.too_big);
+    rewrite(bytes, offset, this.#at, TRANSPORT.none, to);
+    return track.peer === undefined ? VERDICT.tun : VERDICT.tunnel;
+  }
+
+  /** False, and the sender is told, when a packet that must not be cut is larger than its path. */
+  #fits(bytes: Bytes, offset: number, peer: Peer, segment: number, now: number): boolean {
+    if (now - peer.mtuMs > PATH_MTU_MS) {
+      peer.mtu = this.#config.mtu;
+      return true;
+    }
+    const headers =
+      this.#at -
+      offset +
+      (this.#protocol === PROTOCOL.tcp && segment > 0 ? tcpHeaderLength(bytes, this.#at) : UDP.size);
+    const size = segment > 0 ? headers + segment : this.#total;
+    if (size <= peer.mtu) return true;
+    if (segment === 0 && (bytes.view.getUint16(offset + IPV4.fragment) & FLAG_DF) === 0) return true;
+    this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.tooBig, peer.mtu, now);
+    return false;
+  }
+
+  /** No route knows `address`: says so once a second, and keeps a copy of the packet for when one does. */
+  #miss(
+    bytes: Bytes,
+    offset: number,
+    length: number,
+    address: number,
+    leaving: boolean,
+    outerIp: number,
+    outerPort: number,
+    now: number,
+  ): void {
+    const last = this.#missedMs.get(address);
+    if (last === undefined || now - last >= MISS_REPORT_MS) {
+      if (last === undefined && this.#missedMs.size >= MISSES_MAX) {
+        const oldest = this.#missedMs.keys().next().value;
+        if (oldest !== undefined) this.#missedMs.delete(oldest);
+      }
+      this.#missedMs.delete(address);
+      this.#missedMs.set(address, now);
+      this.misses.push(ipv4(address));
+      this.counters[COUNT.misses_reported]!++;
+    }
+    if (this.#kind === TRANSPORT.partial) return;
+    const held = this.hold.take(bytes, offset, length, 'route', now);
+    if (held === undefined) return;
+    held.leaving = leaving;
+    held.address = address;
+    held.outerIp = outerIp;
+    held.outerPort = outerPort;
+    this.counters[COUNT.packets_held]!++;
+  }
+
+  // ——— the control plane's side ———
+
+  apply(command: Exclude<ProxyCommand, { kind: 'probe' | 'probeStatus' | 'stop' }>, now: number): void {
+    switch (command.kind) {
+      case 'service': {
+        const gone = this.routes.putService(command);
+        this.#endGone(gone, now);
+        for (const route of command.instances) this.#routeCame(route.instanceIp);
+        for (const address of Object.values(command.addresses)) this.#routeCame(address);
+        return;
+      }
+      case 'serviceGone':
+        this.#endGone(this.routes.deleteService(command.service), now);
+        return;
+      case 'weights':
+        this.routes.weigh(command.service, command);
+        return;
+      case 'nodeDead':
+        this.#endFlows(
+          ({ instance: { peer } }) =>
+            peer !== undefined && peer.ip === command.nodeIp && peer.port === command.ewp,
+          now,
+        );
+        return;
+      case 'local': {
+        const was = this.routes.local(command.namespaceIp);
+        if (!this.routes.putLocal(command)) return;
+        const is = this.routes.local(command.namespaceIp)!;
+        if (was !== undefined && was.instanceIp !== is.instanceIp) this.#forgetLocal(command.namespaceIp);
+        else if (is.needs !== undefined) {
+          const needs = is.needs;
+          this.#contacts.forget(command.namespaceIp);
+          this.#endFlows(
+            (flow) => flow.local === is.namespaceIp && !needs.has(flow.instance.service.id),
+            now,
+          );
+        }
+        return;
+      }
+      case 'localGone':
+        this.routes.deleteLocal(command.namespaceIp);
+        this.#forgetLocal(command.namespaceIp);
+        return;
+    }
+  }
+
+  /** Housekeeping, a few times a second. */
+  tick(sweep: number, now: number): void {
+    this.counters[COUNT.flows_expired]! += this.flows.sweep(sweep, now);
+    this.counters[COUNT.flows] = this.flows.size;
+    const { fragments } = this.hold.expire(now);
+    this.counters[DROP.fragment_orphan]! += fragments;
+    for (const [address, last] of this.#missedMs) {
+      if (now - last < MISS_REPORT_MS) break;
+      this.#missedMs.delete(address);
+    }
+  }
+
+  #routeCame(address: number): void {
+    this.#missedMs.delete(address);
+    this.hold.routeCame(address);
+  }
+
+  #endGone(gone: readonly InstanceEntry[], now: number): void {
+    if (gone.some((entry) => entry.flows > 0)) this.#endFlows((flow) => !flow.instance.live, now);
+  }
+
+  #forgetLocal(namespaceIp: number): void {
+    this.#contacts.forget(namespaceIp);
+    for (const flow of this.flows) if (flow.local === namespaceIp) this.#removeFlow(flow);
+  }
+
+  #chose(target: Target, instance: InstanceEntry, local: LocalEntry): void {
+    if (this.choices.length >= CHOICES_PER_REPORT_MAX) {
+      this.choicesMore++;
+      return;
+    }
+    this.choices.push({
+      service: target.service.id,
+      policy: target.policy ?? 'fixed',
+      instance: instance.instance,
+      client: ipv4(local.namespaceIp),
+    });
+  }
+
+  // ——— parsing ———
+
+  #start = 0;
+
+  /** Fills the fields of the packet at hand; the counter of a drop, or 0. The IPv4 header is known to be good. */
+  #parse(bytes: Bytes, offset: number, partial: boolean): number {
+    const { view, u8 } = bytes;
+    const header = (u8[offset]! & 15) << 2;
+    const at = offset + header;
+    const total = view.getUint16(offset + IPV4.total);
+    const rest = total - header;
+    const protocol = u8[offset + IPV4.protocol]!;
+    this.#start = offset;
+    this.#at = at;
+    this.#total = total;
+    this.#protocol = protocol;
+    this.#source = view.getUint32(offset + IPV4.source);
+    this.#target = view.getUint32(offset + IPV4.target);
+    this.#fragment = view.getUint16(offset + IPV4.fragment);
+    this.#flags = 0;
+    if ((this.#fragment & FRAGMENT_MASK) !== 0) {
+      this.#kind = TRANSPORT.none;
+      return protocol === PROTOCOL.tcp || protocol === PROTOCOL.udp || protocol === PROTOCOL.icmp
+        ? 0
+        : DROP.unknown_transport;
+    }
+    this.#kind = partial ? TRANSPORT.partial : TRANSPORT.full;
+    if (protocol === PROTOCOL.tcp) {
+      if (!checkTcp(bytes, at, rest)) return DROP.malformed_transport;
+      this.#flags = u8[at + TCP.flags]!;
+    } else if (protocol === PROTOCOL.udp) {
+      if (rest < UDP.size) return DROP.malformed_transport;
+      const own = view.getUint16(at + UDP.length);
+      const first = (this.#fragment & FLAG_MF) !== 0;
+      if (own < UDP.size || (own > rest && !first)) return DROP.malformed_transport;
+    } else if (protocol === PROTOCOL.icmp) {
+      if (rest < ICMP.size) return DROP.malformed_transport;
+      const type = u8[at + ICMP.type]!;
+      if (type === ICMP_TYPE.echo || type === ICMP_TYPE.echoReply) {
+        this.#sourcePort = view.getUint16(at + ICMP.id);
+        this.#targetPort = 0;
+        return 0;
+      }
+      if (!isIcmpError(type)) return DROP.unknown_transport;
+      this.#sourcePort = 0;
+      this.#targetPort = 0;
+      return 0;
+    } else return DROP.unknown_transport;
+    this.#sourcePort = view.getUint16(at);
+    this.#targetPort = view.getUint16(at + 2);
+    return 0;
+  }
+
+  #drop(counter: number): Verdict {
+    this.counters[counter]!++;
+    return VERDICT.drop;
+  }
+}
