@@ -4,7 +4,7 @@ import { cpSync } from 'node:fs';
 import { defineConfig } from 'tsup';
 
 export default defineConfig({
-  entry: { edgeway: 'edge/main.ts' },
+  entry: { edgeway: 'edge/main.ts', packet_loop_worker: 'edge/io/packet_loop_worker.ts' },
   format: 'esm',
   platform: 'node',
   target: 'node22',
