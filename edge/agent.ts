@@ -15,7 +15,7 @@ import {
 } from '../coordinator/claims.ts';
 import type { Kv, LeaseId } from '../coordinator/kv.ts';
 import { keepLease, type LeaseKeeper } from '../coordinator/lease.ts';
-import { type Cidr, formatCidr, formatIpv4, type Ipv4 } from '../src/addr.ts';
+import { type Cidr, formatCidr, formatIpv4, type Ipv4, parseIpv4 } from '../src/addr.ts';
 import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
 import type { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
@@ -23,8 +23,16 @@ import type { Logger } from '../src/log.ts';
 import { type Descriptor, type Instance, type NetworkConfig, portNumbers } from '../src/model.ts';
 import { parseName, type ServiceId, splitServiceId } from '../src/name.ts';
 import { layoutOf } from '../src/plan.ts';
-import type { ParsedDescriptor } from '../src/records.ts';
-import type { Change, InstanceView, Listing, NodeControl, NodeView, ServiceView } from './api/app.ts';
+import { decodeCoordinate, encodeCoordinate, type ParsedDescriptor } from '../src/records.ts';
+import type {
+  Change,
+  ExplainView,
+  InstanceView,
+  Listing,
+  NodeControl,
+  NodeView,
+  ServiceView,
+} from './api/app.ts';
 import { type DeployRequest, parseSubnetwork, type Target } from './api/schema.ts';
 import type { AgentConfig } from './config.ts';
 import type { Environment } from './host/environment.ts';
@@ -37,14 +45,16 @@ import type {
   PacketLoop,
   StartPacketLoop,
   Timers,
+  Vitals,
 } from './ports.ts';
 import { projectLocal, projectService } from './project.ts';
 import type { ProxyReport } from './proxy/command.ts';
 import type { RouteFollower } from './routes/follow.ts';
 import type { RouteDelta, RouteTable } from './routes/table.ts';
 import { decodeState, encodeState, type Hosted, type SavedState } from './state.ts';
+import { type Position, Steering } from './steering.ts';
 import { Undo } from './undo.ts';
-import { viewInstance, viewNode, viewProblems, viewService } from './view.ts';
+import { viewExplanation, viewInstance, viewNode, viewProblems, viewService } from './view.ts';
 
 /** A name server of this node, running. */
 export interface NameServer {
@@ -74,6 +84,9 @@ export interface AgentParts {
   readonly log: Logger;
   /** 0…1, uniform. */
   readonly random: () => number;
+  /** Unpredictable unsigned 32-bit integers. */
+  readonly nonce: () => number;
+  readonly vitals: Vitals;
   readonly startLoop: StartPacketLoop;
   /** Starts DNS and mDNS on the bridge of that subnet. `needsOf`: services that an asker may know; undefined = any. */
   readonly startNames: (subnet: Cidr, needsOf: NeedsOf) => Promise<NameServer>;
@@ -90,7 +103,13 @@ interface Registered {
   readonly names: NameServer;
   readonly presence: LeaseKeeper;
   readonly tenure: LeaseKeeper;
+  readonly steering: Steering;
 }
+
+/** How long a withdrawal waits that etcd did not take. */
+const WITHDRAW_RETRY_MS = 1_000;
+/** Choices that `explain` shows. */
+const CHOICES_SHOWN = 20;
 
 const hostedKey = (service: ServiceId, instance: number): string => `${service}/${instance}`;
 
@@ -102,6 +121,8 @@ export class Agent implements NodeControl {
   #registered: Registered | undefined;
   #queue: Promise<unknown> = Promise.resolve();
   #stopping = false;
+  /** As last published; goes into the node's record whenever that is written. */
+  #position: Position | undefined;
 
   constructor(parts: AgentParts) {
     this.#parts = parts;
@@ -145,6 +166,7 @@ export class Agent implements NodeControl {
       const node = this.#registered;
       this.#registered = undefined;
       if (node === undefined) return;
+      node.steering.stop();
       await node.presence
         .stop(true)
         .catch((thrown: unknown) => this.#warn('presence is not revoked', thrown));
@@ -284,7 +306,33 @@ export class Agent implements NodeControl {
 
   counters(): Readonly<Record<string, number>> {
     const node = this.#registered;
-    return node === undefined ? {} : { ...node.loop.counters(), ...node.names.counters() };
+    if (node === undefined) return {};
+    const chosen = [...node.steering.chosen()].map(([what, count]) => [`chosen_${what}`, count]);
+    return {
+      ...node.loop.counters(),
+      ...node.names.counters(),
+      ...node.steering.counters(),
+      ...Object.fromEntries(chosen),
+    };
+  }
+
+  explain(text: string): ExplainView {
+    const { table } = this.#parts;
+    const { steering } = this.#node();
+    const address = parseIpv4(text);
+    const name = address.ok ? table.nameOf(address.value) : unwrap(parseName(text));
+    if (name === undefined)
+      throw new EdgewayError('not_found', `${text}: no service or instance that this node knows has it`);
+    const policy = 'policy' in name ? name.policy : 'roundrobin';
+    const explanation = steering.explain(name.service, policy);
+    const service = table.service(name.service);
+    if (explanation === undefined || (service === undefined && table.instancesOf(name.service).length === 0))
+      throw new EdgewayError('not_found', `"${text}": this node knows no service ${name.service}`);
+    return viewExplanation(name, service, explanation, {
+      healthOf: (instance) => steering.health(hostedKey(name.service, instance))?.why,
+      addressOf: (instance) => table.instance(name.service, instance)?.instanceIp,
+      choices: steering.choices(name.service).slice(-CHOICES_SHOWN),
+    });
   }
 
   watch(listener: (change: Change) => void): () => void {
@@ -366,6 +414,8 @@ export class Agent implements NodeControl {
       });
       undo.push('presence', () => presence.stop(true));
       await presence.held(limits.READ_YOUR_WRITES_MS);
+      const steering = await this.#steer(network, claim, loop, presence);
+      undo.push('steering', async () => steering.stop());
 
       const node: Registered = {
         network,
@@ -375,32 +425,69 @@ export class Agent implements NodeControl {
         names,
         presence,
         tenure,
+        steering,
       };
       this.#registered = node;
       // The loop starts empty; everything that is known already is news to it.
       for (const service of this.#parts.table.services()) this.#projectService(node, service.id);
+      steering.start();
       this.#log.info({ node: config.node, subnet: formatCidr(claim.subnet) }, 'registered');
       return node;
     });
   }
 
-  /** Everything that hangs on the presence lease, under a new one. */
-  async #publishAll(lease: LeaseId, claim: SubnetClaim): Promise<void> {
+  async #steer(
+    network: NetworkConfig,
+    claim: SubnetClaim,
+    loop: PacketLoop,
+    presence: LeaseKeeper,
+  ): Promise<Steering> {
+    const { config, table, clock, timers, vitals, nonce, files } = this.#parts;
+    const path = `${config.dataDir}/coordinate.json`;
+    const coordinate = decodeCoordinate((await files.read(path)) ?? '');
+    return new Steering({
+      node: config.node,
+      subnet: claim.subnet.base,
+      subnetBits: network.plan.nodeBits,
+      table,
+      clock,
+      timers,
+      vitals,
+      log: this.#log,
+      seed: this.#seed(),
+      nonce,
+      ...(coordinate.ok ? { coordinate: coordinate.value } : {}),
+      send: (command) => loop.send(command),
+      publish: (position) => {
+        this.#position = position;
+        const kept = files.write(path, encodeCoordinate(position.coordinate));
+        const told = presence
+          .held(limits.READ_YOUR_WRITES_MS)
+          .then((lease) => this.#publishNode(lease, claim));
+        Promise.all([kept, told]).catch((thrown: unknown) =>
+          this.#log.debug({ error: toEdgewayError(thrown).message }, 'position is not published'),
+        );
+      },
+      gone: (id) => this.#withdraw(id),
+    });
+  }
+
+  #publishNode(lease: LeaseId, claim: SubnetClaim): Promise<number> {
     const { kv, keys, config, nodeIp } = this.#parts;
-    await publishNode(
+    const { node, cluster, ewp, nsp } = config;
+    const { subnet, epoch } = claim;
+    return publishNode(
       kv,
       keys,
-      {
-        node: config.node,
-        cluster: config.cluster,
-        nodeIp,
-        ewp: config.ewp,
-        nsp: config.nsp,
-        subnet: claim.subnet,
-        epoch: claim.epoch,
-      },
+      { node, cluster, nodeIp, ewp, nsp, subnet, epoch, ...this.#position },
       lease,
     );
+  }
+
+  /** Everything that hangs on the presence lease, under a new one. */
+  async #publishAll(lease: LeaseId, claim: SubnetClaim): Promise<void> {
+    const { kv, keys } = this.#parts;
+    await this.#publishNode(lease, claim);
     for (const hosted of this.#hosted.values())
       try {
         await publishInstance(kv, keys, claim.subnet, this.#instanceOf(hosted, claim), lease);
@@ -455,6 +542,9 @@ export class Agent implements NodeControl {
     });
     undo.push('packet path', async () => node.loop.send({ kind: 'localGone', namespaceIp }));
     node.loop.send(projectLocal(this.#parts.table, hosted));
+    undo.push('health', async () => node.steering.discharge(id));
+    if (!node.steering.admit({ id, service, namespaceIp, home: found.target }))
+      throw new EdgewayError('namespace_unknown', `${describeTarget(target)} ended while it was attached`);
 
     undo.push('hosted instance', async () => {
       this.#hosted.delete(id);
@@ -478,6 +568,7 @@ export class Agent implements NodeControl {
     const { service, instance, namespaceIp } = hosted;
     const id = hostedKey(service, instance);
     this.#hosted.delete(id);
+    node.steering.discharge(id);
     await this.#writeState();
     const held = { service, instance, node: config.node, instanceIp: hosted.instanceIp };
     const revision = await releaseInstance(kv, keys, node.network, held);
@@ -486,6 +577,25 @@ export class Agent implements NodeControl {
     await environment.detach({ id });
     node.addresses.giveBack(id, clock.monotonicMs());
     this.#log.info({ service, instance, address: formatIpv4(namespaceIp) }, 'instance undeployed');
+  }
+
+  /** Its process or namespace is gone, and steering lets nobody choose it any more. While etcd is away the keyspace
+   *  is told later. */
+  #withdraw(id: string): void {
+    this.#alone(async () => {
+      const node = this.#registered;
+      const hosted = this.#hosted.get(id);
+      if (node === undefined || hosted === undefined) return;
+      try {
+        await this.#undeploy(node, hosted);
+      } catch (thrown) {
+        if (!this.#hosted.has(id)) this.#hosted.set(id, hosted);
+        throw thrown;
+      }
+    }).catch((thrown: unknown) => {
+      this.#warn(`instance ${id} died and is not withdrawn yet`, thrown);
+      this.#parts.timers.after(WITHDRAW_RETRY_MS, () => this.#withdraw(id));
+    });
   }
 
   async #findTarget(
@@ -519,6 +629,7 @@ export class Agent implements NodeControl {
     const node = this.#registered;
     if (node === undefined) return;
     for (const service of delta.services) this.#projectService(node, service);
+    node.steering.routesChanged(delta.services, delta.nodes.size > 0);
     node.names.changed(delta);
   }
 
@@ -536,6 +647,7 @@ export class Agent implements NodeControl {
   }
 
   #loopReported(report: ProxyReport): void {
+    this.#registered?.steering.report(report);
     if (report.kind !== 'stopped' || this.#stopping) return;
     this.#log.error({ reason: report.error ?? 'without a reason' }, 'the packet loop ended');
   }

@@ -91,6 +91,7 @@ export class Steering {
   readonly #chosen = new Map<string, number>();
   #cancel: (() => void) | undefined;
   #armedAt = Number.POSITIVE_INFINITY;
+  #started = false;
   #stopped = false;
   #peersStale = true;
   #followedStale = true;
@@ -116,7 +117,12 @@ export class Steering {
       const resident = this.#residents.get(id);
       return resident === undefined ? undefined : parts.vitals.identify(resident.home);
     });
-    for (const service of parts.table.services()) this.#dirty.add(service.id);
+  }
+
+  /** Begins with what the table holds; the packet loop has it already. */
+  start(): void {
+    this.#started = true;
+    for (const service of this.#parts.table.services()) this.#dirty.add(service.id);
     this.#turn();
   }
 
@@ -167,9 +173,12 @@ export class Steering {
     this.#turn();
   }
 
-  /** Undefined when this node does not follow the service. */
+  /** Undefined when this node does not follow the service. Who asks is about to use it: its nodes are watched now. */
   explain(service: ServiceId, policy: Policy): Explanation | undefined {
-    return this.#balancer.explain(service, policy, this.#parts.clock.monotonicMs());
+    const nowMs = this.#parts.clock.monotonicMs();
+    if (this.#balancer.warm(service, nowMs)) this.#followedStale = true;
+    this.#turn();
+    return this.#balancer.explain(service, policy, nowMs);
   }
 
   /** The newest last. */
@@ -184,6 +193,10 @@ export class Steering {
     return this.#chosen;
   }
 
+  /** Nodes that are probed every second now. */
+  watched(): readonly string[] {
+    return this.#prober.watched();
+  }
   status(node: string): Status | undefined {
     return this.#prober.view(node, this.#parts.clock.monotonicMs())?.status;
   }
@@ -196,10 +209,7 @@ export class Steering {
 
   counters(): Readonly<Record<string, number>> {
     const entries = Object.entries(this.#prober.counters as Readonly<ProberCounters>);
-    return {
-      ...Object.fromEntries(entries.map(([name, value]) => [`probes_${name}`, value])),
-      probes_watched: this.#prober.watched().length,
-    };
+    return Object.fromEntries(entries.map(([name, value]) => [`probes_${name}`, value]));
   }
 
   stop(): void {
@@ -299,7 +309,7 @@ export class Steering {
 
   /** One turn: every machine hears the time, every output is carried out, the next deadline is armed. */
   #turn(): void {
-    if (this.#stopped) return;
+    if (!this.#started || this.#stopped) return;
     const { clock, timers } = this.#parts;
     const nowMs = clock.monotonicMs();
     this.#takeRoutes(nowMs);

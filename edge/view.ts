@@ -1,8 +1,11 @@
 // The table's nouns as the API shows them: addresses as text, nothing derived that an operator could not check.
-import { formatCidr, formatIpv4 } from '../src/addr.ts';
+import { formatCidr, formatIpv4, type Ipv4 } from '../src/addr.ts';
 import type { EdgewayError } from '../src/error.ts';
 import type { Instance, Node, Service } from '../src/model.ts';
-import type { InstanceView, NodeView, Problem, ServiceView } from './api/app.ts';
+import { formatName, type Name } from '../src/name.ts';
+import type { ExplainView, InstanceView, NodeView, Problem, ServiceView } from './api/app.ts';
+import type { Explanation } from './balance.ts';
+import type { RecordedChoice } from './steering.ts';
 
 export function viewInstance(i: Instance): InstanceView {
   return {
@@ -49,4 +52,55 @@ export function viewProblems(problems: ReadonlyMap<string, EdgewayError>, prefix
   return [...problems]
     .filter(([key]) => key.startsWith(prefix))
     .map(([key, error]) => ({ key, code: error.code, reason: error.message }));
+}
+
+const round = (value: number | undefined, digits: number): number | null =>
+  value === undefined ? null : Number(value.toFixed(digits));
+
+/** For an InstanceIP only its own instance is a candidate, with all the flows. */
+export function viewExplanation(
+  name: Name,
+  service: Service | undefined,
+  explanation: Explanation,
+  more: {
+    /** What health checks say of an instance of this node. */
+    readonly healthOf: (instance: number) => string | undefined;
+    readonly addressOf: (instance: number) => Ipv4 | undefined;
+    readonly choices: readonly RecordedChoice[];
+  },
+): ExplainView {
+  const fixed = 'instance' in name ? name.instance : undefined;
+  const address = 'policy' in name ? service?.addresses[name.policy] : more.addressOf(name.instance);
+  const candidates = explanation.candidates
+    .filter(({ instance }) => fixed === undefined || instance === fixed)
+    .map(({ instance, node, local, health, reason, rttMs, confirmed, load, costMs, share }) => {
+      const instanceIp = more.addressOf(instance);
+      return {
+        instance,
+        instanceIp: instanceIp === undefined ? null : formatIpv4(instanceIp),
+        node,
+        local,
+        health,
+        reason: (local ? more.healthOf(instance) : undefined) ?? reason,
+        rttMs: round(rttMs, 3),
+        rttBy: rttMs === undefined ? null : confirmed ? ('probe' as const) : ('coordinate' as const),
+        load: round(load, 3),
+        costMs: round(costMs, 3),
+        share: fixed === undefined ? Number(share.toFixed(4)) : 1,
+      };
+    });
+  return {
+    name: formatName(name),
+    address: address === undefined ? null : formatIpv4(address),
+    policy: 'policy' in name ? name.policy : 'fixed',
+    why: fixed === undefined ? explanation.why : 'an InstanceIP means this instance and no other',
+    candidates,
+    choices: more.choices.map(({ wallMs, policy, instance, client, why }) => ({
+      at: new Date(wallMs).toISOString(),
+      policy,
+      instance,
+      client: formatIpv4(client),
+      why,
+    })),
+  };
 }

@@ -171,6 +171,14 @@ export const coordinateSchema = v.pipe(
   }),
 );
 
+/** A coordinate in a file of its own: where this node was when it last ran. */
+export function encodeCoordinate(coordinate: Coordinate): string {
+  return `${print({ ...printCoordinate(coordinate) })}\n`;
+}
+export function decodeCoordinate(text: string): Result<Coordinate> {
+  return strip(decode(v.intersect([v.object(versionEntry), coordinateSchema]), text));
+}
+
 /** Microseconds are enough, and keep the record readable. */
 const round3 = (x: number): number => Math.round(x * 1_000) / 1_000;
 

@@ -21,6 +21,7 @@ import {
   dockerUndeploySchema,
   emptyAnswer,
   errorAnswer,
+  explainAnswer,
   fromAttach,
   fromDockerDeploy,
   instanceAnswer,
@@ -38,6 +39,7 @@ type Answer<Schema extends v.GenericSchema> = v.InferOutput<Schema>;
 export type InstanceView = Answer<typeof instanceAnswer>;
 export type ServiceView = Answer<typeof serviceAnswer>;
 export type NodeView = Answer<typeof nodeAnswer>;
+export type ExplainView = Answer<typeof explainAnswer>;
 export type Problem = Answer<typeof problemAnswer>;
 export interface Listing<Item> {
   readonly items: Item[];
@@ -68,6 +70,8 @@ export interface NodeControl {
   services(): Listing<ServiceView>;
   instances(): Listing<InstanceView>;
   resolve(name: string): Answer<typeof resolveAnswer>;
+  /** A name or an address. */
+  explain(text: string): ExplainView;
   status(): Answer<typeof statusAnswer>;
   /** Told of every change of the routing table from now on; the answer ends it. */
   watch(listener: (change: Change) => void): () => void;
@@ -250,6 +254,23 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       if (name === undefined || name === '')
         throw new EdgewayError('invalid_request', 'query: "name" is missing');
       return c.json(node.resolve(name));
+    },
+  );
+  api.get(
+    '/explain',
+    describeRoute({
+      summary: 'Which instance a name or address would reach from this node now, and why.',
+      parameters: [{ name: 'of', in: 'query', required: true, schema: { type: 'string' } }],
+      responses: {
+        200: json(explainAnswer, 'candidates with RTT, load, health and share, and the last choices'),
+        default: failure,
+      },
+    }),
+    (c) => {
+      const of = c.req.query('of');
+      if (of === undefined || of === '')
+        throw new EdgewayError('invalid_request', 'query: "of" is missing: a name or an address');
+      return c.json(node.explain(of));
     },
   );
   api.get(

@@ -11,6 +11,12 @@ const FAMILIES = [
     help: 'packets dropped by the ProxyTUN',
     label: 'reason',
   },
+  {
+    prefix: 'chosen_',
+    name: 'edgeway_choices_total',
+    help: 'new flows by service/instance and policy',
+    label: 'choice',
+  },
   { prefix: 'mdns_', name: 'edgeway_mdns_total', help: 'multicast DNS events', label: 'event' },
   { prefix: 'dns_', name: 'edgeway_dns_total', help: 'unicast DNS events', label: 'event' },
 ] as const;

@@ -148,6 +148,38 @@ export const resolveAnswer = v.object({
   address: v.string(),
   instances: v.array(instanceAnswer),
 });
+/** Which instance a name or address would reach now, and why. */
+export const explainAnswer = v.object({
+  name: v.string(),
+  address: v.nullable(v.string()),
+  policy: v.string(),
+  why: v.string(),
+  candidates: v.array(
+    v.object({
+      instance: v.number(),
+      instanceIp: v.nullable(v.string()),
+      node: v.string(),
+      local: v.boolean(),
+      health: v.string(),
+      reason: v.string(),
+      rttMs: v.nullable(v.number()),
+      /** measured by probes, estimated by coordinates, or not known */
+      rttBy: v.nullable(v.picklist(['probe', 'coordinate'])),
+      load: v.nullable(v.number()),
+      costMs: v.nullable(v.number()),
+      share: v.number(),
+    }),
+  ),
+  choices: v.array(
+    v.object({
+      at: v.string(),
+      policy: v.string(),
+      instance: v.number(),
+      client: v.string(),
+      why: v.string(),
+    }),
+  ),
+});
 export const statusAnswer = v.object({
   node: v.string(),
   cluster: v.string(),

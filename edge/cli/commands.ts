@@ -5,7 +5,15 @@ import { text as readStream } from 'node:stream/consumers';
 import { type ArgsDef, defineCommand } from 'citty';
 import { EdgewayError } from '../../src/error.ts';
 import { API_PORT_DEFAULT } from '../../src/limits.ts';
-import type { Change, InstanceView, Listing, NodeView, Problem, ServiceView } from '../api/app.ts';
+import type {
+  Change,
+  ExplainView,
+  InstanceView,
+  Listing,
+  NodeView,
+  Problem,
+  ServiceView,
+} from '../api/app.ts';
 import { environmentName } from '../config.ts';
 import { ApiClient } from './client.ts';
 import { guarded, print, printJson, type Row, table } from './print.ts';
@@ -228,6 +236,39 @@ export const resolveCommand = defineCommand({
       }
     }),
 });
+
+export const explainCommand = defineCommand({
+  meta: { name: 'explain', description: 'which instance a name or address would reach now, and why' },
+  args: {
+    ...common,
+    of: { type: 'positional', description: 'a name, a ServiceIP or an InstanceIP', required: true },
+  },
+  run: ({ args }) =>
+    guarded(async () => {
+      const path = `/api/v1/explain?of=${encodeURIComponent(args.of)}`;
+      const answer = await new ApiClient(args.api).call<ExplainView>('GET', path);
+      if (wantsJson(args.output)) return printJson(answer);
+      print(`${answer.name}  ${answer.address ?? '-'}`);
+      print(`${answer.policy}: ${answer.why}\n`);
+      print(table(EXPLAIN_HEADER, answer.candidates.map(explainRow)));
+      if (answer.choices.length === 0) return;
+      const choices = answer.choices.map((c): Row => [c.at, c.client, c.policy, String(c.instance), c.why]);
+      print(`\nlast choices:\n${table(['AT', 'CLIENT', 'POLICY', 'INSTANCE', 'WHY'], choices)}`);
+    }),
+});
+
+const EXPLAIN_HEADER: Row = ['INSTANCE', 'NODE', 'SHARE', 'RTT-MS', 'BY', 'LOAD', 'COST-MS', 'HEALTH', 'WHY'];
+const explainRow = (c: ExplainView['candidates'][number]): Row => [
+  String(c.instance),
+  c.local ? `${c.node} (here)` : c.node,
+  `${(c.share * 100).toFixed(0)} %`,
+  c.rttMs?.toFixed(2) ?? '-',
+  c.rttBy ?? '-',
+  c.load?.toFixed(2) ?? '-',
+  c.costMs?.toFixed(1) ?? '-',
+  c.health,
+  c.reason,
+];
 
 export const statusCommand = defineCommand({
   meta: { name: 'status', description: 'this node' },

@@ -6,7 +6,15 @@ import { ORIGIN } from '../../src/coordinate.ts';
 import { unwrap } from '../../src/error.ts';
 import type { Node } from '../../src/model.ts';
 import type { ServiceId } from '../../src/name.ts';
-import { decodeNode, decodeService, encodeNode, encodeService, parseDescriptor } from '../../src/records.ts';
+import {
+  decodeCoordinate,
+  decodeNode,
+  decodeService,
+  encodeCoordinate,
+  encodeNode,
+  encodeService,
+  parseDescriptor,
+} from '../../src/records.ts';
 
 const node: Node = {
   node: 'n1',
@@ -89,6 +97,13 @@ test('a service record keeps its health check in the descriptor`s spelling', () 
     });
     assert.equal(unwrap(decodeService(text, 'shop.prod.cart.v1' as ServiceId)).descriptor, parsed);
   }
+});
+
+test('encodeCoordinate and decodeCoordinate are inverses to the microsecond; anything else is an error', () => {
+  const coordinate = { vec: [1.5, -2.25, 0, 0, 0, 0, 0, 3], height: 0.125, adjustment: -1, error: 0.25 };
+  assert.equal(unwrap(decodeCoordinate(encodeCoordinate(coordinate))), coordinate);
+  for (const text of ['', '{}', '[]', '{"v":1}', '{"v":2}', encodeCoordinate({ ...coordinate, vec: [] })])
+    assert.not(decodeCoordinate(text).ok, text);
 });
 
 test.run();

@@ -58,6 +58,14 @@ function setUp(overrides: Partial<NodeControl> = {}) {
     resolve: (name) => {
       throw new EdgewayError('invalid_name', `"${name}" is no name`);
     },
+    explain: (of) => ({
+      name: of,
+      address: null,
+      policy: 'closest',
+      why: 'lowest RTT',
+      candidates: [],
+      choices: [],
+    }),
     status: () => ({
       node: 'n1',
       cluster: 'default',
@@ -307,6 +315,7 @@ test('/api/v1/openapi.json describes every route with its shapes', async () => {
     '/api/v1/services',
     '/api/v1/instances',
     '/api/v1/resolve',
+    '/api/v1/explain',
   ])
     assert.ok(body.paths[path], path);
   const deploy = body.paths['/docker/deploy'].post;
@@ -323,6 +332,16 @@ test('/api/v1/openapi.json describes every route with its shapes', async () => {
   ])
     assert.ok(schema.includes(field), field);
   assert.ok(deploy.responses['200'].content['application/json'].schema);
+});
+
+test('GET /api/v1/explain hands on what `of` names, and says so when it is missing', async () => {
+  const { call } = setUp();
+  const answer = await call('GET', '/api/v1/explain?of=172.30.0.1');
+  assert.is(answer.status, 200);
+  assert.is(answer.body.name, '172.30.0.1');
+  const missing = await call('GET', '/api/v1/explain');
+  assert.is(missing.status, 400);
+  assert.match(missing.body.message, '"of" is missing');
 });
 
 test.run();
