@@ -337,6 +337,28 @@ export async function applyService(
 }
 
 /**
+ * Makes sure that a service exists and has all its ServiceIPs, keeping the descriptor that it has: for a record that
+ * a person wrote, and for a deploy of a service that this node does not follow. `otherwise` is written when there is
+ * none; without it a missing service is `not_found`.
+ */
+export async function ensureService(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  id: ServiceId,
+  otherwise?: Descriptor,
+  wanted: Partial<Record<Policy, Ipv4>> = {},
+): Promise<AppliedService> {
+  const key = keys.build({ kind: 'service', service: id });
+  const entry = await kv.get(key);
+  const known = entry === undefined ? undefined : decodeService(entry.value, id);
+  if (known !== undefined && !known.ok) throw recordError(key, known.error);
+  const descriptor = known?.value.descriptor ?? otherwise;
+  if (descriptor === undefined) throw new EdgewayError('not_found', `there is no service ${id}`);
+  return applyService(kv, keys, config, descriptor, wanted);
+}
+
+/**
  * Deletes a service; its ServiceIPs rest. Rejects `not_found`, and `instance_exists` naming a node while instances
  * live, unless forced. Returns the revision of the deletion.
  */

@@ -41,6 +41,19 @@ export const PING_TIMEOUT_MS = 2_000;
 /** Renewal at a third of the TTL, ±20 % so that a fleet started at once does not renew at once. */
 export const RENEW_FRACTION = 1 / 3;
 export const RENEW_JITTER = 0.2;
+/** A role's lease: a standby acts this long after its holder died. Short, because roles only do chores. */
+export const ROLE_TTL_S = 5;
+/** Changes are gathered this long before a role decides, so that a burst costs one pass. */
+export const RECONCILE_PAUSE_MS = 50;
+/** A role looks at everything again this often, whatever the watch said. */
+export const RECONCILE_INTERVAL_MS = 30_000;
+/** Actions of one pass: at 1 ms each a pass stays below the pause that a deploy would notice. */
+export const RECONCILE_ACTIONS_MAX = 256;
+/** A block holds 2^6 = 64 node subnets: 240 blocks in the default plan. */
+export const BLOCK_SUBNET_BITS = 6;
+/** A cluster with fewer free subnets than this in its blocks is granted another: a quarter of a block. */
+export const BLOCK_LOW_SUBNETS = 16;
+
 /** Candidates of a claim that are tried blindly before the list of what is taken is read. */
 export const CLAIM_PROBES = 8;
 

@@ -1,0 +1,104 @@
+#!/usr/bin/env node
+// A coordinator without an agent: holds roles, hosts nothing. `coordinator/main.ts --etcd HOST:PORT [--roles
+// root,cluster] [--cluster ID] …`; every flag also as EDGEWAY_… . Agents can hold the same roles (`--roles`).
+import { readFileSync } from 'node:fs';
+import { hostname } from 'node:os';
+import process from 'node:process';
+import { parseArgs } from 'node:util';
+import pino from 'pino';
+import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
+import { checkId, DEFAULT_ROOT, Keys } from '../src/keys.ts';
+import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
+import { connectEtcd } from './etcd/client.ts';
+import { parseCredentials } from './etcd/credentials.ts';
+import { systemTime } from './etcd/time.ts';
+import { parseRoles, startRoles } from './roles.ts';
+
+const HELP = `edgeway coordinator: holds the root and cluster roles without being a node
+
+  --etcd LIST           etcd endpoints, comma-separated (required)
+  --roles LIST          root, cluster or both          (default root,cluster)
+  --cluster ID          cluster whose role is held     (default default)
+  --holder ID           name in the leader key         (default the host name)
+  --root PREFIX         prefix of the keyspace         (default ${DEFAULT_ROOT})
+  --etcd-user NAME      user; the password comes from EDGEWAY_ETCD_PASSWORD or --etcd-password-file
+  --etcd-password-file FILE
+  --etcd-ca FILE        CA certificate: turns TLS on
+  --etcd-cert FILE      client certificate
+  --etcd-key FILE       its key
+  --log-level LEVEL     trace, debug, info, warn, error (default info)
+`;
+
+const OPTIONS = {
+  etcd: { type: 'string' },
+  roles: { type: 'string' },
+  cluster: { type: 'string' },
+  holder: { type: 'string' },
+  root: { type: 'string' },
+  'etcd-user': { type: 'string' },
+  'etcd-password-file': { type: 'string' },
+  'etcd-ca': { type: 'string' },
+  'etcd-cert': { type: 'string' },
+  'etcd-key': { type: 'string' },
+  'log-level': { type: 'string' },
+  help: { type: 'boolean', short: 'h' },
+} as const;
+
+async function main(): Promise<void> {
+  const { values } = parseArgs({ options: OPTIONS });
+  if (values.help === true) {
+    process.stdout.write(HELP);
+    return;
+  }
+  const setting = (name: Exclude<keyof typeof OPTIONS, 'help'>): string | undefined =>
+    values[name] ?? process.env[`EDGEWAY_${name.toUpperCase().replaceAll('-', '_')}`];
+  const endpoints = (setting('etcd') ?? '').split(',').filter((text) => text !== '');
+  if (endpoints.length === 0)
+    throw new EdgewayError('invalid_request', '--etcd is needed: where the keyspace lives');
+  const cluster = unwrap(checkId('cluster', setting('cluster') ?? 'default'));
+  const holder = unwrap(checkId('node', setting('holder') ?? hostname().toLowerCase()));
+  const roles = unwrap(parseRoles(setting('roles') ?? 'root,cluster'));
+  const credentials = parseCredentials(
+    {
+      user: setting('etcd-user'),
+      password: process.env['EDGEWAY_ETCD_PASSWORD'],
+      passwordFile: setting('etcd-password-file'),
+      ca: setting('etcd-ca'),
+      cert: setting('etcd-cert'),
+      key: setting('etcd-key'),
+    },
+    (path) => readFileSync(path, 'utf8'),
+  );
+  const log = pino({ level: setting('log-level') ?? 'info' }, pino.destination({ dest: 2, sync: true }));
+
+  // ---- above: only reading; below: the world ----
+
+  const kv = connectEtcd({ endpoints, log, ...(credentials === undefined ? {} : { credentials }) });
+  const running = startRoles({
+    kv,
+    keys: new Keys(setting('root') ?? DEFAULT_ROOT),
+    time: systemTime,
+    random: Math.random,
+    log,
+    holder,
+    roles,
+    cluster,
+    network: DEFAULT_NETWORK_CONFIG,
+  });
+  let stopping = false;
+  const stop = async (): Promise<void> => {
+    if (stopping) return;
+    stopping = true;
+    await running.stop();
+    await kv.close();
+    process.exit(0);
+  };
+  process.on('SIGTERM', () => void stop());
+  process.on('SIGINT', () => void stop());
+}
+
+main().catch((thrown: unknown) => {
+  const error = toEdgewayError(thrown);
+  process.stderr.write(`edgeway coordinator: ${error.message} (${error.code})\n`);
+  process.exitCode = 1;
+});
