@@ -46,8 +46,9 @@ import {
   TUN_QUEUE,
   TUNNEL_OVERHEAD,
 } from '../../src/limits.ts';
-import { type Bytes, bytesOf } from '../../src/wire/bytes.ts';
+import { type Bytes, bytesOf, newBytes } from '../../src/wire/bytes.ts';
 import { finish, sum } from '../../src/wire/checksum.ts';
+import { vectorBytes } from '../../src/wire/checksum_simd.ts';
 import { checkIpv4, IPV4, IPV4_FAULT, PROTOCOL } from '../../src/wire/ipv4.ts';
 import { TCP } from '../../src/wire/tcp.ts';
 import {
@@ -167,10 +168,11 @@ class Loop {
       this.#notice('the device under the tunnel refuses UDP_SEGMENT: sending one by one');
     this.#batch.onTooBig = (peer) => this.#learnMtu(peer);
 
-    this.#arena = sys.allocate(ARENA_BYTES);
-    this.#arenaBytes = bytesOf(this.#arena.bytes);
-    this.#inbox = sys.allocate(HEADROOM + PACKET_MAX + 1);
-    this.#inboxBytes = bytesOf(this.#inbox.bytes);
+    // Payloads are summed here: vectors, where the runtime has them.
+    this.#arenaBytes = vectorBytes(ARENA_BYTES) ?? newBytes(ARENA_BYTES);
+    this.#arena = sys.regionOf(this.#arenaBytes.u8);
+    this.#inboxBytes = vectorBytes(HEADROOM + PACKET_MAX + 1) ?? newBytes(HEADROOM + PACKET_MAX + 1);
+    this.#inbox = sys.regionOf(this.#inboxBytes.u8);
     this.#headers = sys.allocate(Cutter.memory);
     this.#cutter = new Cutter(config.vni, bytesOf(this.#headers.bytes));
     this.#answers = sys.allocate(Answers.memory);

@@ -172,7 +172,7 @@ export class Joiner {
       const header = tcpHeaderLength(bytes, at);
       if (header < TCP.size || header >= rest) return;
       const flags = u8[at + TCP.flags]!;
-      if ((flags & ~TCP_PSH) !== TCP_ACK || (flags & TCP_PSH) !== 0) return;
+      if ((flags & ~TCP_PSH) !== TCP_ACK) return;
       this.headerLength = ip + header;
       this.size = rest - header;
       this.#next = (view.getUint32(at + TCP.sequence) + this.size) >>> 0;
@@ -232,8 +232,9 @@ export class Joiner {
     this.total += length;
     this.#next = (this.#next + length) >>> 0;
     this.#flags |= flags;
-    // A shorter segment, a push or a FIN can only be the last.
-    if (length < this.size || (flags & (TCP_PSH | TCP_FIN)) !== 0) this.#closed = true;
+    // A shorter segment or a FIN can only be the last. A push may come before it: it stays true of the whole, because
+    // a receiver of "push" delivers all that it has (RFC 9293 §3.9.1).
+    if (length < this.size || (flags & TCP_FIN) !== 0) this.#closed = true;
     return true;
   }
 

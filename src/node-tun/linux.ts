@@ -39,16 +39,22 @@ export const O_CLOEXEC = 0o2000000;
 
 // sys/socket.h
 export const AF_INET = 2;
+export const SOCK_STREAM = 1;
 export const SOCK_DGRAM = 2;
 export const SOCK_NONBLOCK = O_NONBLOCK;
 export const SOCK_CLOEXEC = O_CLOEXEC;
 export const SOL_SOCKET = 1;
+export const SO_REUSEADDR = 2;
 export const SO_SNDBUF = 7;
 export const SO_RCVBUF = 8;
 export const SO_SNDBUFFORCE = 32;
 export const SO_RCVBUFFORCE = 33;
 export const MSG_DONTWAIT = 0x40;
 export const MSG_TRUNC = 0x20;
+
+// netinet/tcp.h
+export const IPPROTO_TCP = 6;
+export const TCP_NODELAY = 1;
 
 // netinet/in.h, linux/in.h
 export const IPPROTO_IP = 0;

@@ -36,6 +36,8 @@ const { symbols } = deno.dlopen('libc.so.6', {
   socket: { parameters: ['i32', 'i32', 'i32'], result: 'i32' },
   bind: { parameters: ['i32', 'pointer', 'u32'], result: 'i32' },
   connect: { parameters: ['i32', 'pointer', 'u32'], result: 'i32' },
+  listen: { parameters: ['i32', 'i32'], result: 'i32' },
+  accept: { parameters: ['i32', 'pointer', 'pointer'], result: 'i32' },
   setsockopt: { parameters: ['i32', 'i32', 'i32', 'pointer', 'u32'], result: 'i32' },
   getsockopt: { parameters: ['i32', 'i32', 'i32', 'pointer', 'pointer'], result: 'i32' },
   sendmsg: { parameters: ['i32', 'pointer', 'i32'], result: 'i32' },
@@ -54,13 +56,15 @@ const { symbols: errnoSymbols } = deno.dlopen('libc.so.6', {
 const errno = new deno.UnsafePointerView(errnoSymbols.__errno_location() as unknown as Pointer);
 const ok = (result: number): number => (result < 0 ? -errno.getInt32() : result);
 
+function regionOf(bytes: Uint8Array<ArrayBuffer>): Region {
+  const pointer = deno.UnsafePointer.of(bytes);
+  return { bytes, address: Number(deno.UnsafePointer.value(pointer)), pointer };
+}
+
 export const system: System = {
   runtime: 'deno',
-  allocate(length: number): Region {
-    const bytes = new Uint8Array(new ArrayBuffer(length));
-    const pointer = deno.UnsafePointer.of(bytes);
-    return { bytes, address: Number(deno.UnsafePointer.value(pointer)), pointer };
-  },
+  allocate: (length) => regionOf(new Uint8Array(new ArrayBuffer(length))),
+  regionOf,
   pointerAt: (region, offset) => deno.UnsafePointer.offset(region.pointer, offset),
   open: (path, flags, mode) => ok(symbols.open(path, flags, mode)),
   close: (fd) => ok(symbols.close(fd)),
@@ -75,6 +79,8 @@ export const system: System = {
   socket: (domain, type, protocol) => ok(symbols.socket(domain, type, protocol)),
   bind: (fd, address, length) => ok(symbols.bind(fd, address, length)),
   connect: (fd, address, length) => ok(symbols.connect(fd, address, length)),
+  listen: (fd, backlog) => ok(symbols.listen(fd, backlog)),
+  accept: (fd) => ok(symbols.accept(fd, null, null)),
   setsockopt: (fd, level, name, value, length) => ok(symbols.setsockopt(fd, level, name, value, length)),
   getsockopt: (fd, level, name, value, length) => ok(symbols.getsockopt(fd, level, name, value, length)),
   sendmsg: (fd, message, flags) => ok(symbols.sendmsg(fd, message, flags)),

@@ -34,6 +34,8 @@ const raw = {
   socket: define<Three>('int socket(int, int, int)'),
   bind: define<Three>('int bind(int, uintptr_t, uint32_t)'),
   connect: define<Three>('int connect(int, uintptr_t, uint32_t)'),
+  listen: define<Two>('int listen(int, int)'),
+  accept: define<Three>('int accept(int, uintptr_t, uintptr_t)'),
   setsockopt: define<Five>('int setsockopt(int, int, int, uintptr_t, uint32_t)'),
   getsockopt: define<Five>('int getsockopt(int, int, int, uintptr_t, uintptr_t)'),
   sendmsg: define<Three>('long sendmsg(int, uintptr_t, int)'),
@@ -44,13 +46,15 @@ const raw = {
 const ok = (result: number): number => (result < 0 ? -koffi.errno() : result);
 const at = (pointer: Pointer): number => pointer as unknown as number;
 
+function regionOf(bytes: Uint8Array<ArrayBuffer>): Region {
+  const address = Number(koffi.address(bytes));
+  return { bytes, address, pointer: address as unknown as Pointer };
+}
+
 export const system: System = {
   runtime: 'node',
-  allocate(length: number): Region {
-    const bytes = new Uint8Array(new ArrayBuffer(length));
-    const address = Number(koffi.address(bytes));
-    return { bytes, address, pointer: address as unknown as Pointer };
-  },
+  allocate: (length) => regionOf(new Uint8Array(new ArrayBuffer(length))),
+  regionOf,
   pointerAt: (region, offset) => (region.address + offset) as unknown as Pointer,
   open: (path, flags, mode) => ok(raw.open(at(path), flags, mode)),
   close: (fd) => ok(raw.close(fd)),
@@ -65,6 +69,8 @@ export const system: System = {
   socket: (domain, type, protocol) => ok(raw.socket(domain, type, protocol)),
   bind: (fd, address, length) => ok(raw.bind(fd, at(address), length)),
   connect: (fd, address, length) => ok(raw.connect(fd, at(address), length)),
+  listen: (fd, backlog) => ok(raw.listen(fd, backlog)),
+  accept: (fd) => ok(raw.accept(fd, 0, 0)),
   setsockopt: (fd, level, name, value, length) => ok(raw.setsockopt(fd, level, name, at(value), length)),
   getsockopt: (fd, level, name, value, length) => ok(raw.getsockopt(fd, level, name, at(value), at(length))),
   sendmsg: (fd, message, flags) => ok(raw.sendmsg(fd, at(message), flags)),

@@ -18,6 +18,8 @@ export interface System {
   /** Which FFI stands behind the calls, for people. */
   readonly runtime: 'node' | 'deno';
   allocate(length: number): Region;
+  /** The region that these bytes are; they must fill their buffer, and it must not move or be resized. */
+  regionOf(bytes: Uint8Array<ArrayBuffer>): Region;
   /** Pointer into a region. Make it once, not per packet. */
   pointerAt(region: Region, offset: number): Pointer;
   open(path: Pointer, flags: number, mode: number): number;
@@ -34,6 +36,9 @@ export interface System {
   socket(domain: number, type: number, protocol: number): number;
   bind(fd: number, address: Pointer, length: number): number;
   connect(fd: number, address: Pointer, length: number): number;
+  listen(fd: number, backlog: number): number;
+  /** The peer's address is not asked for. */
+  accept(fd: number): number;
   setsockopt(fd: number, level: number, name: number, value: Pointer, length: number): number;
   getsockopt(fd: number, level: number, name: number, value: Pointer, length: Pointer): number;
   sendmsg(fd: number, message: Pointer, flags: number): number;

@@ -8,6 +8,8 @@ export interface Bytes {
   /** Native order; for sums only, which do not care (RFC 1071 §2 (B)). */
   readonly u16: Uint16Array<ArrayBuffer>;
   readonly i32: Int32Array<ArrayBuffer>;
+  /** The sum of a stretch by vectors, where the memory has one (checksum_simd.ts). */
+  readonly vectorSum: ((offset: number, length: number) => number) | undefined;
 }
 
 /** Views over memory that begins 4-aligned and whose length is a multiple of four. */
@@ -18,6 +20,7 @@ export function bytesOf(u8: Uint8Array<ArrayBuffer>): Bytes {
     view: new DataView(u8.buffer, u8.byteOffset, u8.byteLength),
     u16: new Uint16Array(u8.buffer, u8.byteOffset, u8.byteLength / 2),
     i32: new Int32Array(u8.buffer, u8.byteOffset, u8.byteLength / 4),
+    vectorSum: undefined,
   };
 }
 

@@ -15,6 +15,16 @@ export function fold(sum: number): number {
  * (RFC 1071 §2 (B)); at an odd offset the aligned words are already the other way round.
  */
 export function sum(bytes: Bytes, offset: number, length: number): number {
+  const { vectorSum } = bytes;
+  if (vectorSum !== undefined && length >= VECTOR_MIN) return vectorSum(offset, length);
+  return plainSum(bytes, offset, length);
+}
+
+/** Below this the call costs more than the vectors save. */
+const VECTOR_MIN = 64;
+
+/** The same without vectors. */
+export function plainSum(bytes: Bytes, offset: number, length: number): number {
   const { u8, u16, i32 } = bytes;
   const end = offset + length;
   let at = offset;
