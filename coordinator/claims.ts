@@ -2,9 +2,11 @@
 // keyspace. Every claim is a create-if-absent transaction with an owner in the value; the key's create revision is
 // its epoch. No lock protects anything here, and nothing that somebody else holds is ever overwritten.
 //
-// What a claim prefers is found without an index: the candidates of a claimant are an order of the whole range that
-// depends only on who asks, so whoever asks again meets its own earlier claim first. That also settles a write whose
-// outcome is unknown (a connection that broke after the request left): the next try recognises it.
+// What a claim prefers is found without an index: the candidates of a claimant are an order of the range that depends
+// only on who asks (and, for subnets, on the blocks of its cluster), so whoever asks again meets its own earlier claim
+// first. That also settles a write whose outcome is unknown (a connection that broke after the request left): the
+// next try recognises it. A node remembers its subnet on disk too; one that lost its disk after its cluster was
+// granted more blocks may claim another, and the old one goes with its tenure.
 //
 // A released address rests: its value says so and a lease of `quarantineS` takes it away, so nobody else is given it
 // while a peer may still hold a flow to its last owner; the last holder itself may take it up again at once.
@@ -232,12 +234,9 @@ async function candidateOrder(
     // A block whose owner cannot be read is nobody's to claim from.
     (block.ok && block.value.cluster === owner.cluster ? mine : others).push(key.value.block);
   }
-  const count = subnetCount(config.plan);
-  const start = hash32(`${owner.cluster}/${owner.node}`, seed) % count;
   const first: number[] = [];
   const rest: number[] = [];
-  for (let i = 0; i < count; i++) {
-    const index = (start + i) % count;
+  for (let index = 0; index < subnetCount(config.plan); index++) {
     if (mine.length === 0 && others.length === 0) {
       rest.push(index);
       continue;
@@ -246,7 +245,12 @@ async function candidateOrder(
     if (mine.some((block) => overlaps(block, subnet))) first.push(index);
     else if (!others.some((block) => overlaps(block, subnet))) rest.push(index);
   }
-  return [...first, ...rest];
+  // Each node begins elsewhere, so that nodes which join together do not race for the same subnet.
+  const start = hash32(`${owner.cluster}/${owner.node}`, seed);
+  return [first, rest].flatMap((list) => {
+    const at = list.length === 0 ? 0 : start % list.length;
+    return [...list.slice(at), ...list.slice(0, at)];
+  });
 }
 
 /** Gives a subnet back; it rests before somebody else gets it. Succeeds when it is not the owner's (any more). */
