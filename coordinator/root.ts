@@ -60,9 +60,9 @@ export function decideRoot(
       }
       continue;
     }
-    // One empty block is kept as the reserve; what is free beyond it goes back.
+    // Twice the low mark must stay free, so that a block is not granted and taken back in turns.
     for (const { key, modRevision, size, used, block } of own) {
-      if (used > 0 || modRevision === 0 || free - size < size) continue;
+      if (used > 0 || modRevision === 0 || free - size < 2 * BLOCK_LOW_SUBNETS) continue;
       actions.push({
         why: `take back empty ${formatCidr(block)} from cluster ${cluster}`,
         compares: [{ key, modRevision }],
