@@ -31,6 +31,8 @@ import { answer, type Decision } from '../resolver/resolver.ts';
 import type { NameTable } from '../routes/table.ts';
 import { createForwarder, frame } from './dns_upstream.ts';
 
+/** An error answer that repeats no question. */
+const HEADER_ONLY = 12;
 const TCP_MESSAGE_MAX = 65_535; // RFC 1035 §4.2.2: the length has two octets
 
 export interface DnsServerOptions {
@@ -234,10 +236,11 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
         respond(message, source, () => TCP_MESSAGE_MAX, undefined)
           .then(
             (reply) => {
-              if (reply === undefined) {
-                // Not a query: whoever speaks so over TCP is not a resolver.
+              if (reply === undefined || reply.length === HEADER_ONLY) {
+                // Not a question: whoever speaks so over TCP is not a resolver.
                 count('tcp_broken');
-                socket.destroy();
+                if (reply === undefined) socket.destroy();
+                else socket.end(frame(reply));
               } else if (!socket.destroyed) socket.write(frame(reply));
             },
             (error: Error) => log.error({ error: error.message }, 'a DNS query over TCP failed'),

@@ -1,0 +1,279 @@
+// The unicast server on loopback: transports, waiting for the keyspace, bad clients, and hostile datagrams by the
+// hundred thousand. What real resolvers make of it stands in test/real.
+import { createSocket } from 'node:dgram';
+import { connect, createServer } from 'node:net';
+import process from 'node:process';
+import { type DecodedPacket, decode, encode, type Packet } from 'dns-packet';
+import { test } from 'uvu';
+import * as assert from 'uvu/assert';
+import { type DnsServer, type DnsServerOptions, startDnsServer } from '../../../edge/io/dns_server.ts';
+import { frame } from '../../../edge/io/dns_upstream.ts';
+import type { RouteTable } from '../../../edge/routes/table.ts';
+import { DNS_TCP_CLIENTS_MAX } from '../../../src/limits.ts';
+import { SILENT } from '../../../src/log.ts';
+import { Rng } from '../../../src/rng.ts';
+import { CART, CART_ANY, id, ip, service, world } from '../resolver/world.ts';
+
+const clock = { monotonicMs: () => performance.now(), wallMs: () => Date.now() };
+
+async function withServer(
+  more: Partial<DnsServerOptions>,
+  body: (server: DnsServer, table: RouteTable) => Promise<void>,
+): Promise<void> {
+  const table = world();
+  const server = await startDnsServer({
+    address: ip('127.0.0.1'),
+    port: 0,
+    table,
+    upstreams: () => [],
+    log: SILENT,
+    clock,
+    ...more,
+  });
+  try {
+    await body(server, table);
+  } finally {
+    await server.stop();
+    await server.stop();
+  }
+}
+
+const question = (name: string, id = 7, more: Packet = {}): Buffer =>
+  encode({ type: 'query', id, flags: 0x100, questions: [{ type: 'A', name }], ...more });
+
+/** One question over UDP; undefined when nothing comes within the limit. */
+async function ask(
+  port: number,
+  message: Buffer,
+  limitMs = 3_000,
+): Promise<(DecodedPacket & { rcode?: string }) | undefined> {
+  const socket = createSocket('udp4');
+  try {
+    return await new Promise((resolve) => {
+      const timer = setTimeout(resolve, limitMs, undefined);
+      socket.once('message', (bytes) => {
+        clearTimeout(timer);
+        resolve(decode(bytes));
+      });
+      socket.send(message, port, '127.0.0.1');
+    });
+  } finally {
+    socket.close();
+  }
+}
+
+const said = (packet: (DecodedPacket & { rcode?: string }) | undefined): string => {
+  const record = packet?.answers?.[0];
+  return record?.type === 'A' ? record.data : (packet?.rcode ?? 'silence');
+};
+
+/** Sends the bytes over TCP and collects what comes until the server closes or `count` messages are there. */
+function tcp(port: number, bytes: readonly Buffer[], count: number, limitMs = 5_000): Promise<Buffer[]> {
+  return new Promise((resolve) => {
+    const messages: Buffer[] = [];
+    let received = Buffer.alloc(0);
+    const socket = connect({ host: '127.0.0.1', port });
+    const end = (): void => {
+      clearTimeout(timer);
+      socket.destroy();
+      resolve(messages);
+    };
+    const timer = setTimeout(end, limitMs);
+    socket.on('error', end);
+    socket.on('close', end);
+    socket.on('connect', () => {
+      for (const chunk of bytes) socket.write(chunk);
+    });
+    socket.on('data', (chunk) => {
+      received = Buffer.concat([received, chunk]);
+      while (received.length >= 2 && received.length >= 2 + received.readUInt16BE(0)) {
+        messages.push(received.subarray(2, 2 + received.readUInt16BE(0)));
+        received = received.subarray(2 + received.readUInt16BE(0));
+      }
+      if (messages.length >= count) end();
+    });
+  });
+}
+
+test('startDnsServer answers the same over UDP, repeated UDP and TCP', async () => {
+  await withServer({}, async (server) => {
+    for (let i = 0; i < 3; i++) {
+      const packet = await ask(server.port, question(CART_ANY, 100 + i));
+      assert.is(said(packet), '172.30.0.2');
+      assert.is(packet!.id, 100 + i);
+    }
+    assert.is(server.counters()['fast'], 2);
+    const [reply] = await tcp(server.port, [frame(question(CART_ANY, 9))], 1);
+    assert.is(said(decode(reply!)), '172.30.0.2');
+  });
+});
+
+test('startDnsServer never serves a remembered answer after the table has changed', async () => {
+  await withServer({}, async (server, table) => {
+    for (let i = 0; i < 200; i++) {
+      const first = `172.30.${10 + (i >> 6)}.${(i & 63) * 4}`;
+      if (i % 10 === 9) table.deleteService(CART);
+      else table.putService(service(CART, first));
+      const right = i % 10 === 9 ? 'NXDOMAIN' : first.replace(/\d+$/, (last) => String(Number(last) + 1));
+      assert.is(said(await ask(server.port, question(CART_ANY))), right, `change ${i}`);
+    }
+    assert.is(said(await ask(server.port, question('shop.prod.cart.v1.9.fixed.local'))), 'NXDOMAIN');
+  });
+});
+
+test('startDnsServer waits for the keyspace about an unknown service, and says SERVFAIL when it does not tell', async () => {
+  let told = 0;
+  await withServer(
+    {
+      onLookup: (asked) => {
+        told++;
+        if (asked === id('a.b.slow.d')) return new Promise(() => {});
+        if (asked === id('a.b.broken.d')) return Promise.reject(new Error('no etcd'));
+        if (asked !== id('a.b.late.d')) return undefined;
+        return new Promise((resolve) => setTimeout(resolve, 50));
+      },
+    },
+    async (server, table) => {
+      setTimeout(() => table.putService(service('a.b.late.d', '172.30.8.1')), 20);
+      assert.is(said(await ask(server.port, question('a.b.late.d.any.closest.local'))), '172.30.8.2');
+      assert.is(said(await ask(server.port, question('a.b.broken.d.any.closest.local'))), 'SERVFAIL');
+      assert.is(said(await ask(server.port, question('a.b.slow.d.any.closest.local'))), 'SERVFAIL');
+      assert.is(said(await ask(server.port, question('a.b.none.d.any.closest.local'))), 'NXDOMAIN');
+      assert.is(said(await ask(server.port, question('not.a.name.closest.local'))), 'NXDOMAIN');
+      assert.is(told, 4, 'only valid names are told');
+    },
+  );
+});
+
+test('startDnsServer refuses names outside the needs of the asker, also remembered ones', async () => {
+  let needs: readonly ReturnType<typeof id>[] | undefined;
+  await withServer({ needsOf: () => needs }, async (server) => {
+    assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2');
+    needs = [id('shop.prod.db.v1')];
+    assert.is(said(await ask(server.port, question(CART_ANY))), 'REFUSED');
+    needs = [CART];
+    assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2');
+  });
+});
+
+test('startDnsServer is silent to clients outside its links', async () => {
+  await withServer({ clients: [{ base: ip('172.16.0.64'), bits: 26 }] }, async (server) => {
+    assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2', 'loopback is the host itself');
+  });
+});
+
+test('startDnsServer says SERVFAIL for foreign names without an upstream, and REFUSED for other classes', async () => {
+  await withServer({}, async (server) => {
+    assert.is(said(await ask(server.port, question('example.org'))), 'SERVFAIL');
+    const chaos = question('version.bind', 7, {
+      questions: [{ type: 'TXT', name: 'version.bind', class: 'CH' }],
+    });
+    assert.is(said(await ask(server.port, chaos)), 'REFUSED');
+  });
+});
+
+test('startDnsServer serves many pipelined questions of one TCP client, in pieces of any size', async () => {
+  await withServer({}, async (server) => {
+    const all = Buffer.concat(Array.from({ length: 300 }, (_, i) => frame(question(CART_ANY, i))));
+    const pieces: Buffer[] = [];
+    for (let at = 0; at < all.length; at += 97) pieces.push(all.subarray(at, at + 97));
+    const replies = await tcp(server.port, pieces, 300);
+    assert.is(replies.length, 300);
+    assert.equal(new Set(replies.map((reply) => reply.readUInt16BE(0))).size, 300);
+  });
+});
+
+test('startDnsServer closes TCP clients that talk nonsense, and bounds how many there are', async () => {
+  await withServer({}, async (server) => {
+    const web = await tcp(server.port, [Buffer.from('GET / HTTP/1.1\r\n\r\n'.repeat(4000))], 99);
+    for (const reply of web) assert.is(reply.length, 12, 'an error without records');
+    assert.ok(web.length < 5, `${web.length} errors before it was closed`);
+    assert.equal(await tcp(server.port, [Buffer.from([0, 0, 0, 0])], 1), []);
+    const answer = Buffer.from(question(CART_ANY));
+    answer[2] = 0x80;
+    assert.equal(await tcp(server.port, [frame(answer)], 1), []);
+    const idle = Array.from({ length: DNS_TCP_CLIENTS_MAX + 20 }, () =>
+      connect({ host: '127.0.0.1', port: server.port }),
+    );
+    for (const socket of idle) socket.on('error', () => {});
+    const deadline = performance.now() + 5_000;
+    while (server.counters()['tcp_refused']! < 20 && performance.now() < deadline)
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    for (const socket of idle) socket.destroy();
+    assert.is(server.counters()['tcp_refused'], 20);
+    assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2');
+  });
+});
+
+test('startDnsServer names what stands in the way and leaves nothing open', async () => {
+  const tcpOnly = createServer();
+  await new Promise<void>((resolve) => tcpOnly.listen(0, '127.0.0.1', () => resolve()));
+  const { port } = tcpOnly.address() as { port: number };
+  const why = async (address: string, at: number): Promise<string> => {
+    try {
+      await withServer({ address: ip(address), port: at }, async () => {});
+      return 'started';
+    } catch (error) {
+      return `${(error as { code: string }).code}: ${(error as Error).message}`;
+    }
+  };
+  assert.is(
+    await why('127.0.0.1', port),
+    `address_taken: cannot listen on TCP 127.0.0.1:${port}: another program listens there`,
+  );
+  assert.match(
+    await why('198.51.100.7', 5353),
+    /^host_unsupported: cannot listen on UDP 198\.51\.100\.7:5353: /,
+  );
+  await new Promise<void>((resolve) => tcpOnly.close(() => resolve()));
+  assert.is(await why('127.0.0.1', port), 'started', 'the UDP socket of the failed start is closed');
+});
+
+test('startDnsServer survives 100,000 hostile datagrams: it answers right afterwards and has not grown', async () => {
+  await withServer({ upstreams: () => [] }, async (server) => {
+    const rng = new Rng(5);
+    const socket = createSocket('udp4');
+    await new Promise<void>((resolve) => socket.bind(0, '127.0.0.1', resolve));
+    const seeds = [
+      question(CART_ANY),
+      question('shop.prod.cart.v1.2.fixed.local'),
+      question('1.1.30.172.in-addr.arpa'),
+    ];
+    let wrong = 0;
+    socket.on('message', (bytes) => {
+      for (const record of decode(bytes).answers ?? [])
+        if (record.type === 'A' && !/^172\.30\.(0\.[123]|1\.[12])$/.test(record.data)) wrong++;
+    });
+    const arrived = (): number => server.counters()['queries_udp']!;
+    const rssAt = (): number => process.memoryUsage().rss / 2 ** 20;
+    let before = 0;
+    for (let i = 0; i < 100_000; i++) {
+      let message: Buffer;
+      if (i % 3 === 0) {
+        message = Buffer.alloc(rng.below(100));
+        for (let j = 0; j < message.length; j++) message[j] = rng.below(256);
+      } else {
+        message = Buffer.from(seeds[i % seeds.length]!);
+        for (let k = rng.below(5); k >= 0; k--) message[rng.below(message.length)] = rng.below(256);
+      }
+      socket.send(message, server.port, '127.0.0.1');
+      if (i === 30_000) before = rssAt();
+      // What the kernel would drop for want of buffers tests nothing.
+      for (let turns = 0; i % 50 === 0 && arrived() < i - 50 && turns < 100; turns++)
+        await new Promise((resolve) => setImmediate(resolve));
+    }
+    const deadline = performance.now() + 10_000;
+    let seen = -1;
+    while (seen !== arrived() && performance.now() < deadline) {
+      seen = arrived();
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+    socket.close();
+    assert.ok(seen > 90_000, `${seen} of them arrived`);
+    assert.is(wrong, 0);
+    assert.ok(rssAt() - before < 64, `grew by ${Math.round(rssAt() - before)} MB`);
+    assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2');
+  });
+});
+
+test.run();
