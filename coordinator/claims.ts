@@ -540,6 +540,13 @@ export async function withdrawNode(kv: Kv, keys: Keys, node: Pick<Node, 'node' |
   );
 }
 
+/** Who holds a ServiceIP or InstanceIP; undefined when nobody does, or the claim rests or cannot be read. */
+export async function ownerOf(kv: Kv, keys: Keys, address: Ipv4): Promise<AddressOwner | undefined> {
+  const entry = await kv.get(addressKey(keys, address));
+  const owner = entry === undefined ? undefined : decodeAddress(entry.value);
+  return owner?.ok && owner.value.resting !== true ? owner.value : undefined;
+}
+
 interface Slot {
   readonly address: Ipv4;
   /** What must still hold when the address is used. */

@@ -42,6 +42,8 @@ interface PathState {
   reached: number;
   complete: boolean;
   live: boolean;
+  /** A path that has never been watched yet says nothing about the store. */
+  wasLive: boolean;
 }
 
 /** Follows any set of paths, which may change at any time. */
@@ -74,6 +76,7 @@ export class Keyspace {
         live: (live) => {
           if (this.#paths.get(path) !== state) return;
           state.live = live;
+          state.wasLive ||= live;
           this.#listener.live(path, live);
         },
       }),
@@ -81,6 +84,7 @@ export class Keyspace {
       reached: 0,
       complete: false,
       live: false,
+      wasLive: false,
     };
     this.#paths.set(path, state);
   }
@@ -114,10 +118,20 @@ export class Keyspace {
     for (const { complete } of this.#paths.values()) if (!complete) return false;
     return true;
   }
-  /** True when every path is whole and being watched. */
+  /** True when the store is there: every path that was ever watched is being watched, and there is one. */
   get live(): boolean {
-    for (const { live } of this.#paths.values()) if (!live) return false;
-    return true;
+    let some = false;
+    for (const { live, wasLive } of this.#paths.values()) {
+      if (wasLive && !live) return false;
+      some ||= live;
+    }
+    return some;
+  }
+  /** True when the listener holds a record that was last written at exactly this revision. */
+  holds(revision: number): boolean {
+    for (const { held } of this.#paths.values())
+      for (const modRevision of held.values()) if (modRevision === revision) return true;
+    return false;
   }
   /** True when the path has had its first complete listing. */
   isComplete(path: string): boolean {

@@ -54,6 +54,15 @@ export const BLOCK_SUBNET_BITS = 6;
 /** A cluster with fewer free subnets than this in its blocks is granted another: a quarter of a block. */
 export const BLOCK_LOW_SUBNETS = 16;
 
+/** An interest that nothing used for so long ends; a name is asked for again within its DNS TTL as long as it is used. */
+export const INTEREST_IDLE_MS = 1_800_000;
+/** An interest in a service that does not exist is kept this long: the negative answers' cache, refreshed by the watch. */
+export const INTEREST_NEGATIVE_MS = 10_000;
+/** Services that one agent follows: beyond it the least recently used that nothing here declares makes room. */
+export const INTERESTS_MAX = 4_096;
+/** Addresses whose owner was looked up in vain, remembered for INTEREST_NEGATIVE_MS. */
+export const UNOWNED_ADDRESSES_MAX = 1_024;
+
 /** Candidates of a claim that are tried blindly before the list of what is taken is read. */
 export const CLAIM_PROBES = 8;
 

@@ -1,10 +1,14 @@
 // From the keyspace to the routing table: a reducer that applies typed batches, and the follower that feeds it, tells
-// others what changed, and answers "has my own write arrived?". It is the table's only author. It decides nothing
-// about policies and opens no connection itself.
+// others what changed, and answers "has my own write arrived?". It is the table's only author. It follows either
+// everything or only what this node is interested in (interest.ts), and with each instance the record of its node.
+// It decides nothing about policies and opens no connection itself.
 import type { Keyspace, KeyspaceBatch, KeyspaceListener } from '../../coordinator/keyspace.ts';
+import type { Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import type { Key, Keys } from '../../src/keys.ts';
+import { UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
+import { Interest, type InterestLimits } from './interest.ts';
 import { type RouteDelta, RouteTable } from './table.ts';
 
 /** Applies a batch to the table and says what changed. Keys that are no routes pass unnoticed. */
@@ -56,6 +60,17 @@ export interface RouteFollowerOptions {
   /** Runs once after that long; the returned function calls it off. */
   readonly after: (ms: number, run: () => void) => () => void;
   readonly table?: RouteTable;
+  /** Absent: everything is followed. */
+  readonly interest?: InterestOptions;
+}
+
+export interface InterestOptions extends InterestLimits {
+  /** Monotonic milliseconds. */
+  readonly now: () => number;
+  /** The service that a ServiceIP or InstanceIP belongs to, asked of the store. */
+  readonly ownerOf: (address: Ipv4) => Promise<ServiceId | undefined>;
+  /** Whether flows still use a service although nobody asks for it. */
+  readonly busy?: (service: ServiceId) => boolean;
 }
 
 interface Waiter {
@@ -66,25 +81,47 @@ interface Waiter {
 /** Revisions remembered for `waitFor`: a burst of deploys waits for far fewer. */
 const RECENT_MAX = 4_096;
 
+/** How often idle interests are looked for, as a part of the shorter limit. */
+const EXPIRY_FRACTION = 0.5;
+
 export class RouteFollower {
   readonly table: RouteTable;
   readonly keyspace: Keyspace;
+  readonly #keys: Keys;
   readonly #after: RouteFollowerOptions['after'];
   readonly #deltas = new Set<(delta: RouteDelta) => void>();
   readonly #liveness = new Set<(live: boolean) => void>();
   readonly #waiters = new Set<Waiter>();
+  /** Those who wait for the first listing of a path. */
+  readonly #awaited = new Map<string, Set<() => void>>();
   readonly #recent = new Set<number>();
+  readonly #options: InterestOptions | undefined;
+  readonly #interest: Interest | undefined;
+  /** Node paths that the instances of a service are on, and how many services want each. */
+  readonly #nodesOf = new Map<ServiceId, ReadonlySet<string>>();
+  readonly #nodeUsers = new Map<string, number>();
+  /** When an address was last looked up in vain. */
+  readonly #unowned = new Map<Ipv4, number>();
+  #cancelExpiry: () => void = () => {};
   #live = false;
+  #closed = false;
 
   constructor(options: RouteFollowerOptions) {
     this.table = options.table ?? new RouteTable();
+    this.#keys = options.keys;
     this.#after = options.after;
+    this.#options = options.interest;
+    this.#interest = options.interest === undefined ? undefined : new Interest(options.interest);
     this.keyspace = options.open({
       batch: (batch) => this.#take(batch),
       live: () => this.#judgeLive(),
     });
-    for (const subtree of ['nodes', 'services', 'instances'] as const)
-      this.keyspace.follow(options.keys.prefix(subtree));
+    // The plan is followed in any case: it is one key, and says whether the store is there.
+    this.keyspace.follow(options.keys.prefix('config'));
+    if (this.#interest === undefined)
+      for (const subtree of ['nodes', 'services', 'instances'] as const)
+        this.keyspace.follow(options.keys.prefix(subtree));
+    else this.#armExpiry();
   }
 
   /** True while everything that is followed is whole and watched. The table stays valid either way. */
@@ -94,6 +131,10 @@ export class RouteFollower {
   /** Records that are ignored, by key, with the reason. */
   get problems(): ReadonlyMap<string, EdgewayError> {
     return this.keyspace.problems;
+  }
+  /** Services that are followed by interest; undefined when everything is. */
+  get interests(): number | undefined {
+    return this.#interest?.size;
   }
 
   /** Told after each batch, with the table already changed. Returns the way to stop. */
@@ -106,12 +147,61 @@ export class RouteFollower {
     return () => this.#liveness.delete(listener);
   }
 
+  /** Services that instances here are or declare in `needs`: followed for as long as they are named here. */
+  pin(services: ReadonlySet<ServiceId>): void {
+    const { interest, now } = this.#demand();
+    if (interest === undefined) return;
+    for (const service of interest.pin(services, now)) this.#begin(service);
+  }
+
+  /**
+   * Somebody asks for a service. Undefined when the table can answer now (also that there is none); otherwise a
+   * promise for the moment when it can. It never rejects; whoever waits bounds the wait.
+   */
+  ask(service: ServiceId): Promise<void> | undefined {
+    const { interest, now } = this.#demand();
+    if (interest === undefined) return undefined;
+    const { begin, end } = interest.use(service, now);
+    if (end !== undefined) this.#end(end);
+    if (begin) this.#begin(service);
+    const paths = this.#pathsOf(service).filter((path) => !this.keyspace.isComplete(path));
+    if (paths.length === 0) return undefined;
+    return Promise.all(paths.map((path) => this.#listed(path))).then(() => {});
+  }
+
+  /** A packet named an address that no route knows: finds its service and follows it. Errors of the store are lost. */
+  async askAddress(address: Ipv4): Promise<void> {
+    const { interest, now } = this.#demand();
+    const options = this.#options;
+    if (interest === undefined || options === undefined) return;
+    const known = this.table.nameOf(address);
+    if (known !== undefined) return this.ask(known.service);
+    const vain = this.#unowned.get(address);
+    if (vain !== undefined && now - vain < options.negativeMs) return;
+    // Entered before the answer: one lookup at a time, and a store that is away is not asked per packet.
+    this.#unowned.delete(address);
+    this.#unowned.set(address, now);
+    if (this.#unowned.size > UNOWNED_ADDRESSES_MAX)
+      for (const oldest of this.#unowned.keys()) {
+        this.#unowned.delete(oldest);
+        break;
+      }
+    try {
+      const service = await options.ownerOf(address);
+      if (service === undefined) return;
+      this.#unowned.delete(address);
+      await this.ask(service);
+    } catch {
+      this.#unowned.delete(address);
+    }
+  }
+
   /**
    * Resolves when the table shows the write that had this revision (read your writes); at once for 0. Rejects
    * `timeout`. The write must have touched something that is followed.
    */
   waitFor(revision: number, timeoutMs: number): Promise<void> {
-    if (this.#reached(revision)) return Promise.resolve();
+    if (this.#reached(revision) || this.keyspace.holds(revision)) return Promise.resolve();
     return new Promise((resolve, reject) => {
       const waiter: Waiter = {
         revision,
@@ -135,9 +225,63 @@ export class RouteFollower {
   }
 
   async close(): Promise<void> {
+    this.#closed = true;
+    this.#cancelExpiry();
     this.#deltas.clear();
     this.#liveness.clear();
     await this.keyspace.close();
+  }
+
+  #demand(): { interest: Interest | undefined; now: number } {
+    return { interest: this.#interest, now: this.#options?.now() ?? 0 };
+  }
+
+  #pathsOf(service: ServiceId): string[] {
+    return [this.#keys.build({ kind: 'service', service }), this.#keys.instancesOf(service)];
+  }
+
+  #begin(service: ServiceId): void {
+    for (const path of this.#pathsOf(service)) this.keyspace.follow(path);
+  }
+
+  #end(service: ServiceId): void {
+    for (const path of this.#pathsOf(service)) {
+      this.#settleListed(path);
+      void this.keyspace.unfollow(path);
+    }
+  }
+
+  #listed(path: string): Promise<void> {
+    return new Promise((resolve) => {
+      let waiting = this.#awaited.get(path);
+      if (waiting === undefined) {
+        waiting = new Set();
+        this.#awaited.set(path, waiting);
+      }
+      waiting.add(resolve);
+    });
+  }
+  #settleListed(path: string): void {
+    for (const resolve of this.#awaited.get(path) ?? []) resolve();
+    this.#awaited.delete(path);
+  }
+
+  #armExpiry(): void {
+    const options = this.#options;
+    const interest = this.#interest;
+    if (options === undefined || interest === undefined) return;
+    const everyMs = Math.min(options.idleMs, options.negativeMs) * EXPIRY_FRACTION;
+    this.#cancelExpiry = this.#after(everyMs, () => {
+      if (this.#closed) return;
+      const ended = interest.expire(
+        options.now(),
+        this.#live,
+        (service) => this.table.service(service) !== undefined || this.table.instancesOf(service).length > 0,
+        options.busy,
+      );
+      for (const service of ended) this.#end(service);
+      this.#armExpiry();
+    });
   }
 
   #take(batch: KeyspaceBatch): void {
@@ -147,9 +291,35 @@ export class RouteFollower {
     for (const revision of batch.brought) this.#remember(revision);
     // A listing that swallowed the change somebody waits for still shows its revision.
     if (this.#waiters.size > 0) for (const { modRevision } of batch.puts) this.#remember(modRevision);
+    if (this.#interest !== undefined) for (const service of delta.services) this.#followNodes(service);
     if (delta.services.size > 0 || delta.nodes.size > 0 || wasSynced !== this.table.synced)
       for (const listener of this.#deltas) listener(delta);
+    if (batch.kind === 'snapshot') this.#settleListed(batch.path);
     for (const waiter of this.#waiters) if (this.#reached(waiter.revision)) waiter.resolve();
+  }
+
+  /** Follows the records of the nodes that a service's instances are on, and no longer those that they left. */
+  #followNodes(service: ServiceId): void {
+    const before = this.#nodesOf.get(service) ?? new Set();
+    const now = new Set<string>();
+    for (const { cluster, node } of this.table.instancesOf(service))
+      now.add(this.#keys.build({ kind: 'node', cluster, node }));
+    for (const path of now)
+      if (!before.has(path)) {
+        this.#nodeUsers.set(path, (this.#nodeUsers.get(path) ?? 0) + 1);
+        this.keyspace.follow(path);
+      }
+    for (const path of before)
+      if (!now.has(path)) {
+        const users = (this.#nodeUsers.get(path) ?? 1) - 1;
+        if (users > 0) this.#nodeUsers.set(path, users);
+        else {
+          this.#nodeUsers.delete(path);
+          void this.keyspace.unfollow(path);
+        }
+      }
+    if (now.size > 0) this.#nodesOf.set(service, now);
+    else this.#nodesOf.delete(service);
   }
 
   #reached(revision: number): boolean {

@@ -1,0 +1,262 @@
+import { test } from 'uvu';
+import * as assert from 'uvu/assert';
+import {
+  applyService,
+  claimInstance,
+  claimSubnet,
+  deleteService,
+  ownerOf,
+  publishInstance,
+  publishNode,
+} from '../../../coordinator/claims.ts';
+import { Keyspace } from '../../../coordinator/keyspace.ts';
+import type { Kv } from '../../../coordinator/kv.ts';
+import { MemoryStore } from '../../../coordinator/memory.ts';
+import { RouteFollower } from '../../../edge/routes/follow.ts';
+import { Interest } from '../../../edge/routes/interest.ts';
+
+import type { Ipv4 } from '../../../src/addr.ts';
+import { Keys } from '../../../src/keys.ts';
+import { SILENT } from '../../../src/log.ts';
+import type { ServiceId } from '../../../src/name.ts';
+import { DEFAULT_NETWORK_CONFIG as config } from '../../../src/records.ts';
+import { CART, descriptor, instance, ip, node, sid } from '../../support/sample.ts';
+import { settle, VirtualTime } from '../../support/time.ts';
+
+const keys = new Keys();
+const limits = { idleMs: 600_000, negativeMs: 10_000, max: 100 };
+const [A, B, C] = ['a.a.a.a', 'b.b.b.b', 'c.c.c.c'].map(sid) as [ServiceId, ServiceId, ServiceId];
+const yes = (): boolean => true;
+const no = (): boolean => false;
+
+test('Interest begins with the first use and ends when idle, never while pinned, busy or cut off', () => {
+  const interest = new Interest(limits);
+  assert.equal(interest.pin(new Set([A]), 0), [A]);
+  assert.equal(interest.pin(new Set([A]), 0), []);
+  assert.is(interest.use(B, 0).begin, true);
+  assert.is(interest.use(B, 1_000).begin, false);
+  assert.equal(interest.expire(600_999, true, yes), []);
+  assert.equal(interest.expire(601_000, false, yes), [], 'the store is away');
+  assert.equal(interest.expire(601_000, true, yes, yes), [], 'a flow uses it');
+  assert.equal(interest.expire(601_000, true, yes), [B]);
+  assert.ok(interest.has(A) && !interest.has(B));
+  interest.pin(new Set(), 700_000);
+  assert.ok(interest.has(A), 'what is no longer declared stays for its idle time');
+  assert.equal(interest.expire(1_300_000, true, yes), [A]);
+  assert.is(interest.size, 0);
+});
+
+test('Interest keeps a negative answer briefly', () => {
+  const interest = new Interest(limits);
+  interest.use(A, 0);
+  interest.use(B, 5_000);
+  assert.equal(interest.expire(9_999, true, no), []);
+  assert.equal(interest.expire(10_000, true, no), [A]);
+  assert.equal(interest.expire(15_000, true, no), [B]);
+});
+
+test('Interest has a bound, and what was used longest ago makes room', () => {
+  const interest = new Interest({ ...limits, max: 3 });
+  interest.pin(new Set([A]), 0);
+  interest.use(B, 1);
+  interest.use(C, 2);
+  interest.use(B, 3);
+  assert.equal(interest.use(CART, 4), { begin: true, end: C });
+  assert.is(interest.size, 3);
+  assert.equal([...interest.services()], [A, B, CART]);
+});
+
+/** Counts what a client is told, and what it asks for. */
+function counting(kv: Kv): { kv: Kv; events: string[]; gets: string[] } {
+  const events: string[] = [];
+  const gets: string[] = [];
+  return {
+    events,
+    gets,
+    kv: new Proxy(kv, {
+      get: (target, name) => {
+        if (name === 'follow')
+          return (path: string, listener: Parameters<Kv['follow']>[1]) =>
+            target.follow(path, {
+              live: (live) => listener.live(live),
+              batch: (batch) => {
+                if (batch.kind === 'changes')
+                  for (const change of batch.changes)
+                    events.push(change.kind === 'put' ? change.entry.key : change.key);
+                else for (const { key } of batch.entries) events.push(key);
+                listener.batch(batch);
+              },
+            });
+        if (name === 'get')
+          return (key: string) => {
+            gets.push(key);
+            return target.get(key);
+          };
+        return Reflect.get(target, name).bind(target);
+      },
+    }),
+  };
+}
+
+function world(more: Partial<typeof limits> = {}) {
+  const time = new VirtualTime();
+  const store = new MemoryStore(() => time.monotonicMs());
+  const writer = store.connect();
+  const client = store.connect();
+  const { kv, events, gets } = counting(client);
+  const routes = new RouteFollower({
+    keys,
+    open: (listener) => new Keyspace(kv, keys, SILENT, listener),
+    after: (ms, run) => time.after(ms, run),
+    interest: {
+      ...limits,
+      ...more,
+      now: () => time.monotonicMs(),
+      ownerOf: async (address: Ipv4) => (await ownerOf(kv, keys, address))?.service,
+    },
+  });
+  return { time, store, writer, client, routes, events, gets };
+}
+
+async function deploy(kv: Kv, id: string, index: number, service: ServiceId, number: number) {
+  const claim = await claimSubnet(kv, keys, config, { node: id, cluster: 'lab' });
+  const presence = await kv.grant(15);
+  const host = node(id, index, { subnet: claim.subnet, epoch: claim.epoch });
+  await publishNode(kv, keys, host, presence);
+  const { instanceIp } = await claimInstance(kv, keys, config, {
+    service,
+    instance: number,
+    node: id,
+    lease: claim.lease,
+  });
+  const revision = await publishInstance(
+    kv,
+    keys,
+    claim.subnet,
+    instance(host, service, number, { instanceIp }),
+    presence,
+  );
+  return { instanceIp, revision, presence };
+}
+
+test('RouteFollower with interest hears nothing of services that nobody here asked for', async () => {
+  const { writer, routes, events } = world();
+  for (const id of [A, B, C]) await applyService(writer, keys, config, descriptor(id));
+  await settle();
+  assert.ok(routes.table.synced && routes.live);
+  routes.pin(new Set([A]));
+  await settle();
+  await deploy(writer, 'n1', 1, A, 1);
+  await deploy(writer, 'n2', 2, B, 1);
+  await applyService(writer, keys, config, descriptor(C, { ports: [81] }));
+  await settle();
+  assert.ok(routes.table.service(A) && routes.table.instance(A, 1));
+  assert.ok(routes.table.node('n1'), 'the node of an instance is followed with it');
+  assert.is(routes.table.service(B), undefined);
+  const foreign = events.filter((key) => !key.includes(A) && !key.endsWith('/n1'));
+  assert.equal(foreign, []);
+  await routes.close();
+});
+
+test('RouteFollower.ask follows an unknown service; others are answered meanwhile', async () => {
+  const { writer, routes } = world();
+  const { service } = await applyService(writer, keys, config, descriptor(A));
+  const { revision } = await deploy(writer, 'n1', 1, A, 1);
+  await settle();
+  const waiting = routes.ask(A);
+  assert.ok(waiting, 'not known yet');
+  await waiting;
+  assert.equal(routes.table.service(A), service);
+  assert.ok(routes.table.instance(A, 1));
+  assert.is(routes.ask(A), undefined, 'now it is');
+  await routes.waitFor(revision, 1_000);
+  const nothing = routes.ask(B);
+  await nothing;
+  assert.is(routes.ask(B), undefined, 'that there is none is known too');
+  assert.is(routes.table.service(B), undefined);
+  await applyService(writer, keys, config, descriptor(B));
+  await settle();
+  assert.ok(routes.table.service(B), 'and corrected by the watch at once');
+  await routes.close();
+});
+
+test('RouteFollower ends an idle interest, and none while the store is away', async () => {
+  const { time, writer, client, routes } = world();
+  await applyService(writer, keys, config, descriptor(A));
+  await routes.ask(A);
+  await time.advance(300_000);
+  routes.ask(A);
+  client.partitioned = true;
+  await time.advance(900_000);
+  assert.ok(routes.table.service(A));
+  assert.is(routes.ask(A), undefined);
+  client.partitioned = false;
+  await time.advance(590_000);
+  assert.ok(routes.table.service(A));
+  const gone: ServiceId[] = [];
+  routes.onDelta(({ services }) => void gone.push(...services));
+  await time.advance(20_000);
+  assert.is(routes.table.service(A), undefined);
+  assert.ok(gone.includes(A), 'those who hold a projection are told');
+  assert.is(routes.interests, 0);
+  assert.equal([...routes.keyspace.paths()], [keys.prefix('config')]);
+  await routes.close();
+});
+
+test('RouteFollower.askAddress finds the service of a ServiceIP and of a sender, asking the store once', async () => {
+  const { time, writer, routes, gets } = world();
+  const { service } = await applyService(writer, keys, config, descriptor(A));
+  await applyService(writer, keys, config, descriptor(B));
+  const { instanceIp } = await deploy(writer, 'n1', 1, B, 1);
+  await settle();
+  await routes.askAddress(service.addresses.closest!);
+  assert.ok(routes.table.service(A));
+  await routes.askAddress(instanceIp);
+  assert.equal(routes.table.nameOf(instanceIp), { service: B, instance: 1 });
+  assert.ok(routes.table.node('n1'));
+  const before = gets.length;
+  const nobody = ip('172.30.200.200');
+  for (let i = 0; i < 50; i++) await routes.askAddress(nobody);
+  assert.is(gets.length - before, 1, 'a negative answer is kept');
+  await time.advance(10_000);
+  await routes.askAddress(nobody);
+  assert.is(gets.length - before, 2);
+  await routes.close();
+});
+
+test('RouteFollower with interest shows a node’s leaving and a service’s end', async () => {
+  const { writer, routes } = world();
+  await applyService(writer, keys, config, descriptor(A));
+  const { presence } = await deploy(writer, 'n1', 1, A, 1);
+  routes.pin(new Set([A]));
+  await settle();
+  assert.ok(routes.table.node('n1'));
+  await writer.revoke(presence);
+  await settle();
+  assert.is(routes.table.node('n1'), undefined);
+  assert.is(routes.table.instance(A, 1), undefined);
+  await deleteService(writer, keys, config, A);
+  await settle();
+  assert.is(routes.table.service(A), undefined);
+  await routes.close();
+});
+
+test('RouteFollower.ask waits while the store is away, and is answered when it is back', async () => {
+  const { writer, client, routes } = world();
+  await applyService(writer, keys, config, descriptor(A));
+  await settle();
+  client.partitioned = true;
+  let answered = false;
+  const waiting = routes.ask(A);
+  void waiting?.then(() => {
+    answered = true;
+  });
+  await settle();
+  assert.not.ok(answered);
+  client.partitioned = false;
+  await settle();
+  assert.ok(answered && routes.table.service(A));
+  await routes.close();
+});
+
+test.run();
