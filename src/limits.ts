@@ -187,6 +187,8 @@ export const COMMAND_LIMIT_MS = 20_000;
 export const COMMAND_OUTPUT_MAX = 8 * 1024 * 1024;
 /** One answer of the container engine. */
 export const ENGINE_LIMIT_MS = 10_000;
+/** Greatest TCP and UDP port: 16 bits (RFC 9293 §3.1, RFC 768). */
+export const PORT_MAX = 65_535;
 /** Linux IFNAMSIZ 16 with its terminating zero. */
 export const INTERFACE_NAME_MAX = 15;
 

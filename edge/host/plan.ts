@@ -277,7 +277,10 @@ export function planAttach(
     step(ip(`link set ${hostInterface} addrgenmode none`)),
     step(ip(`link set ${hostInterface} master ${node.bridge}`)),
   );
-  if (node.isolated) steps.push(step(ip(`link set ${hostInterface} type bridge_slave isolated on`)));
+  // Hairpin: where br_netfilter is loaded (Docker does), a packet that was redirected back to its own port is bridged,
+  // not routed, and a bridge sends nothing back where it came from.
+  const port = node.isolated ? 'isolated on' : 'hairpin on';
+  steps.push(step(ip(`link set ${hostInterface} type bridge_slave ${port}`)));
   steps.push(step(ip(`link set ${hostInterface} up`)));
   if (seen.ipv6) steps.push(step(sysctl(`net/ipv6/conf/${inner}/disable_ipv6`, '1', netns)));
   steps.push(

@@ -11,7 +11,15 @@ export interface Publication {
   /** Port on any address of this host. */
   readonly source: number;
   /** Instances on this node take turns and see the client's address; a ServiceIP stands alone, and the proxy chooses. */
-  readonly targets: readonly { readonly address: Ipv4; readonly port: number }[];
+  readonly targets: readonly Target[];
+  /** Where it leads the node's own instances, if not there too: a ServiceIP, since isolated instances meet only through
+   *  the ProxyTUN. */
+  readonly hairpin?: Target | undefined;
+}
+
+export interface Target {
+  readonly address: Ipv4;
+  readonly port: number;
 }
 
 /** `add` before `delete` makes the deletion succeed whether or not the table is there. */
@@ -29,8 +37,9 @@ ${[
   untrackedOut(node),
   input(node, Object.values(state.peers)),
   forward(node),
-  ports(publicationsOf(state)),
-  prerouting(),
+  ports('ports', publicationsOf(state)),
+  ports('hairpin', publicationsOf(state).map(ofInstances)),
+  prerouting(node),
   output(),
   postrouting(node),
 ]
@@ -147,7 +156,7 @@ function platformStays(node: NodeState, platform: Cidr): Lines {
 }
 
 /** One lookup per packet, however many ports there are; only a port with several targets has a rule of its own. */
-function ports(publications: readonly Publication[]): Lines {
+function ports(name: string, publications: readonly Publication[]): Lines {
   const rules: string[] = [];
   for (const protocol of ['tcp', 'udp'] as const) {
     const simple: string[] = [];
@@ -162,11 +171,19 @@ function ports(publications: readonly Publication[]): Lines {
     }
     if (simple.length > 0) rules.push(`dnat ip to ${protocol} dport map { ${simple.join(', ')} }`);
   }
-  return ['chain ports {', ...rules.map((rule) => `  ${rule}`), '}'];
+  return [`chain ${name} {`, ...rules.map((rule) => `  ${rule}`), '}'];
 }
 
-function prerouting(): Lines {
-  return chain('published', 'type nat hook prerouting priority dstnat', ['fib daddr type local jump ports']);
+/** The publication as the node's own instances see it. */
+function ofInstances(publication: Publication): Publication {
+  return publication.hairpin === undefined ? publication : { ...publication, targets: [publication.hairpin] };
+}
+
+function prerouting(node: NodeState): Lines {
+  return chain('published', 'type nat hook prerouting priority dstnat', [
+    `iifname "${node.bridge}" fib daddr type local goto hairpin`,
+    'fib daddr type local jump ports',
+  ]);
 }
 
 /** The host's own clients. Not 127.0.0.0/8: that would need route_localnet, which opens loopback services to the bridge. */

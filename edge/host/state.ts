@@ -57,10 +57,13 @@ const nodeSchema = v.object({
 
 const peerSchema = v.object({ prefix: cidrSchema, endpoint: ipv4Schema });
 
+const targetSchema = v.object({ address: ipv4Schema, port: portSchema });
+
 const exposedSchema = v.object({
   protocol: protocolSchema,
   source: portSchema,
-  targets: v.array(v.object({ address: ipv4Schema, port: portSchema })),
+  targets: v.array(targetSchema),
+  hairpin: v.optional(targetSchema),
 });
 
 const stateSchema = v.object({

@@ -102,20 +102,10 @@ export class HostLab {
     });
   }
 
-  /** Everything that could leak: links, addresses, routes, rules, switches of the host, and of a namespace. */
+  /** Everything that could leak: of the host, of the namespaces, and files. */
   async snapshot(...namespaces: readonly string[]): Promise<string> {
     const parts: string[] = [];
-    for (const name of [this.host, ...namespaces])
-      for (const argv of [
-        ['ip', '-o', 'link'],
-        ['ip', '-4', '-o', 'addr'],
-        ['ip', '-4', 'route', 'show', 'table', 'all'],
-        ['nft', 'list', 'table', 'inet', 'edgeway'],
-        ['nft', 'list', 'table', 'ip', 'filter'],
-        ['nft', 'list', 'tables'],
-        ['cat', '/proc/sys/net/ipv4/ip_forward'],
-      ])
-        parts.push(`${name}: ${argv.join(' ')}`, settled((await within(name).run(argv)).stdout));
+    for (const name of [this.host, ...namespaces]) parts.push(await hostSnapshot(name, 'edgeway'));
     parts.push((await hostRunner.run(['find', '/etc/netns', '-path', `*${this.prefix}*`])).stdout);
     parts.push((await hostRunner.run(['find', join(this.dir, 'state')])).stdout.replace(/^.*\/state\n/, ''));
     return parts.join('\n');
@@ -128,6 +118,26 @@ export class HostLab {
     }
     await rm(this.dir, { recursive: true, force: true });
   }
+}
+
+/** Links, addresses, routes, rules and switches of a namespace; of the rules all, or one table and iptables'. */
+export async function hostSnapshot(netns: string, rules: 'all' | 'edgeway'): Promise<string> {
+  const parts: string[] = [];
+  for (const argv of [
+    ['ip', '-o', 'link'],
+    ['ip', '-4', '-o', 'addr'],
+    ['ip', '-4', 'route', 'show', 'table', 'all'],
+    ...(rules === 'all'
+      ? [['nft', 'list', 'ruleset']]
+      : [
+          ['nft', 'list', 'table', 'inet', 'edgeway'],
+          ['nft', 'list', 'table', 'ip', 'filter'],
+          ['nft', 'list', 'tables'],
+        ]),
+    ['cat', '/proc/sys/net/ipv4/ip_forward'],
+  ])
+    parts.push(`${netns}: ${argv.join(' ')}`, settled((await within(netns).run(argv)).stdout));
+  return parts.join('\n');
 }
 
 /** Without what changes by itself: carrier, queue, hardware addresses, counters, the order of tables. */

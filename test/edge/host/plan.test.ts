@@ -1,5 +1,3 @@
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import {
@@ -19,6 +17,7 @@ import { rulesOf } from '../../../edge/host/rules.ts';
 import { type Attachment, EMPTY_STATE, type HostState, type NodeState } from '../../../edge/host/state.ts';
 import { parseCidr, parseIpv4 } from '../../../src/addr.ts';
 import { unwrap } from '../../../src/error.ts';
+import { golden } from '../../support/golden.ts';
 
 const cidr = (text: string) => unwrap(parseCidr(text));
 const ip = (text: string) => unwrap(parseIpv4(text));
@@ -79,14 +78,8 @@ const SEEN = { hasDefault: false, ipv6: true };
 const attach = (one: Attachment, seen = SEEN) =>
   formatPlan(planAttach(NODE, 'shop.prod.cart.v1/1', one, seen, STATE, STATE));
 
-/** The first line of a golden file says where it came from. */
-function golden(name: string, text: string): void {
-  const file = join(import.meta.dirname, '../../golden/host', name);
-  assert.is(text, readFileSync(file, 'utf8').replace(/^#.*\n/, ''), name);
-}
-
 test('planNode on an untouched host', () => {
-  golden('node_fresh.txt', formatPlan(planNode(STATE, NODE, FRESH)));
+  golden('host/node_fresh.txt', formatPlan(planNode(STATE, NODE, FRESH)));
 });
 
 test('planNode repeated adds nothing and undoes nothing', () => {
@@ -119,7 +112,7 @@ test('planNode with another subnet takes the old address away first, and would g
 
 test('planNode with a carrier reaches its peers', () => {
   const state = { ...STATE, node: KUDO, peers: { b: PEER } };
-  golden('node_carrier.txt', formatPlan(planNode(state, KUDO, FRESH)));
+  golden('host/node_carrier.txt', formatPlan(planNode(state, KUDO, FRESH)));
 });
 
 test('planPeers moves, adds and removes, and takes each back', () => {
@@ -176,11 +169,11 @@ test('rulesOf publishes one map per protocol, turns for several instances, and a
 });
 
 test('planTun routes the services and can take it back', () => {
-  golden('tun.txt', formatPlan(planTun(NODE, 'edgeway-tun', cidr('172.30.0.0/16'), true)));
+  golden('host/tun.txt', formatPlan(planTun(NODE, 'edgeway-tun', cidr('172.30.0.0/16'), true)));
 });
 
 test('planAttach into a namespace without a default route', () => {
-  golden('attach.txt', attach(BLUE));
+  golden('host/attach.txt', attach(BLUE));
 });
 
 test('planAttach beside another default route sends only the platform through us', () => {
@@ -216,7 +209,7 @@ test('planDetach restores resolv.conf only while it is ours', () => {
 });
 
 test('planClean names everything that planNode makes', () => {
-  golden('clean.txt', `${planClean(KUDO).map(formatAction).join('\n')}\n`);
+  golden('host/clean.txt', `${planClean(KUDO).map(formatAction).join('\n')}\n`);
 });
 
 test('linkName keeps short plain ids and hashes the others, never longer than 15', () => {
