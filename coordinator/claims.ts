@@ -14,15 +14,17 @@ import { type Cidr, formatCidr, formatIpv4, type Ipv4, overlaps } from '../src/a
 import { EdgewayError, unwrap } from '../src/error.ts';
 import { hash32 } from '../src/hash.ts';
 import type { Keys } from '../src/keys.ts';
-import { CLAIM_PROBES, CLAIM_TRIES_MAX } from '../src/limits.ts';
-import type {
-  AddressOwner,
-  Descriptor,
-  Instance,
-  NetworkConfig,
-  Node,
-  Service,
-  SubnetOwner,
+import { CLAIM_PROBES, CLAIM_TRIES_MAX, PORT_MAPPINGS_MAX } from '../src/limits.ts';
+import {
+  type AddressOwner,
+  type Descriptor,
+  type Instance,
+  type NetworkConfig,
+  type Node,
+  type PortMapping,
+  publishedPorts,
+  type Service,
+  type SubnetOwner,
 } from '../src/model.ts';
 import type { ServiceId } from '../src/name.ts';
 import {
@@ -40,6 +42,7 @@ import {
   decodeConfig,
   decodeInstance,
   decodeNode,
+  decodePort,
   decodeService,
   decodeSubnet,
   descriptorId,
@@ -47,6 +50,7 @@ import {
   encodeConfig,
   encodeInstance,
   encodeNode,
+  encodePort,
   encodeService,
   encodeSubnet,
   recordError,
@@ -329,6 +333,9 @@ export async function applyService(
         operations.push(await rest(old.key, (resting) => encodeAddress({ ...owner, ...resting })));
       }
     }
+    const ports = await findPorts(kv, keys, id, descriptor, before?.descriptor);
+    compares.push(...ports.compares);
+    operations.push(...ports.operations);
     const service: Service = { id, descriptor, addresses };
     const value = encodeService(service);
     if (entry !== undefined && operations.length === 0 && entry.value === value)
@@ -397,6 +404,9 @@ export async function deleteService(
       compares.push({ key: held.key, modRevision: held.modRevision });
       operations.push(await rest(held.key, (resting) => encodeAddress({ ...owner, ...resting })));
     }
+    const ports = await findPorts(kv, keys, id, undefined, known.ok ? known.value.descriptor : undefined);
+    compares.push(...ports.compares);
+    operations.push(...ports.operations);
     const result = await kv.txn(compares, operations);
     if (result.succeeded) return result.revision;
   }
@@ -697,6 +707,60 @@ function describeOwner(owner: AddressOwner): string {
       ? `policy ${owner.policy} of ${owner.service}`
       : `instance ${owner.instance} of ${owner.service} on node ${owner.node}`;
   return owner.resting === true ? `was given back by ${what} a moment ago and rests` : `is held by ${what}`;
+}
+
+/** Claims the node ports that the descriptor publishes, and gives back those that it no longer does. A port whose
+ *  owner's record is gone, or no longer publishes it, is free. */
+async function findPorts(
+  kv: Kv,
+  keys: Keys,
+  id: ServiceId,
+  descriptor: Descriptor | undefined,
+  before: Descriptor | undefined,
+): Promise<{ readonly compares: readonly Compare[]; readonly operations: readonly Operation[] }> {
+  const compares: Compare[] = [];
+  const operations: Operation[] = [];
+  const keyOf = ({ protocol, source }: PortMapping): string =>
+    keys.build({ kind: 'port', protocol, port: source });
+  const wanted = descriptor === undefined ? [] : publishedPorts(descriptor);
+  if (wanted.length > PORT_MAPPINGS_MAX)
+    throw new EdgewayError(
+      'invalid_request',
+      `service ${id} publishes ${wanted.length} ports: at most ${PORT_MAPPINGS_MAX} are possible`,
+    );
+  for (const mapping of wanted) {
+    const key = keyOf(mapping);
+    const entry = await kv.get(key);
+    if (entry === undefined) compares.push({ key, createRevision: 0 });
+    else {
+      const owner = decodePort(entry.value);
+      if (owner.ok && owner.value.service === id) continue;
+      if (!owner.ok) throw recordError(key, owner.error);
+      const other = await kv.get(keys.build({ kind: 'service', service: owner.value.service }));
+      const held = other === undefined ? undefined : decodeService(other.value, owner.value.service);
+      if (
+        held !== undefined &&
+        (!held.ok || publishedPorts(held.value.descriptor).some((one) => keyOf(one) === key))
+      )
+        throw new EdgewayError(
+          'port_taken',
+          `${mapping.protocol} port ${mapping.source} leads to service ${owner.value.service} already`,
+        );
+      compares.push({ key, modRevision: entry.modRevision });
+      if (other !== undefined) compares.push({ key: other.key, modRevision: other.modRevision });
+    }
+    operations.push({ kind: 'put', key, value: encodePort({ service: id }) });
+  }
+  const kept = new Set(wanted.map(keyOf));
+  for (const mapping of before === undefined ? [] : publishedPorts(before)) {
+    const key = keyOf(mapping);
+    const entry = kept.has(key) ? undefined : await kv.get(key);
+    const owner = entry === undefined ? undefined : decodePort(entry.value);
+    if (entry === undefined || !owner?.ok || owner.value.service !== id) continue;
+    compares.push({ key, modRevision: entry.modRevision });
+    operations.push({ kind: 'delete', key });
+  }
+  return { compares, operations };
 }
 
 function conflict(key: string): EdgewayError {

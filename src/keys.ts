@@ -2,6 +2,8 @@
 import { type Cidr, formatCidr, formatIpv4, type Ipv4, parseCidr, parseIpv4 } from './addr.ts';
 import { assert } from './assert.ts';
 import { fail, ok, type Result } from './error.ts';
+import { PORT_MAX } from './limits.ts';
+import type { Protocol } from './model.ts';
 import { parseInstanceNumber, parseServiceId, type ServiceId } from './name.ts';
 
 export const DEFAULT_ROOT = '/edgeway/v1';
@@ -17,7 +19,9 @@ export type Key =
   | { readonly kind: 'node'; readonly cluster: string; readonly node: string }
   | { readonly kind: 'service'; readonly service: ServiceId }
   | { readonly kind: 'address'; readonly address: Ipv4 }
-  | { readonly kind: 'instance'; readonly service: ServiceId; readonly instance: number };
+  | { readonly kind: 'instance'; readonly service: ServiceId; readonly instance: number }
+  /** A port that every node publishes. */
+  | { readonly kind: 'port'; readonly protocol: Protocol; readonly port: number };
 
 /** Ids of nodes and clusters: one path segment, 1…63 of [a-z0-9._-], led by a letter or digit. */
 export const ID_PATTERN = /^[a-z0-9][a-z0-9._-]{0,62}$/;
@@ -39,7 +43,8 @@ export type Subtree =
   | 'nodes'
   | 'services'
   | 'addresses'
-  | 'instances';
+  | 'instances'
+  | 'ports';
 
 export class Keys {
   readonly root: string;
@@ -82,6 +87,8 @@ export class Keys {
         return `${this.root}/addresses/${formatIpv4(key.address)}`;
       case 'instance':
         return `${this.root}/instances/${key.service}/${key.instance}`;
+      case 'port':
+        return `${this.root}/ports/${key.protocol}/${key.port}`;
     }
   }
 
@@ -123,6 +130,12 @@ export class Keys {
       if (rest.length !== 1) return foreign;
       const address = parseIpv4(a);
       return address.ok ? ok({ kind: 'address', address: address.value }) : address;
+    }
+    if (subtree === 'ports') {
+      if (rest.length !== 2 || b === undefined || (a !== 'tcp' && a !== 'udp')) return foreign;
+      const port = Number(b);
+      if (!/^[1-9]\d{0,4}$/.test(b) || port > PORT_MAX) return foreign;
+      return ok({ kind: 'port', protocol: a, port });
     }
     if (subtree === 'instances') {
       if (rest.length !== 2 || b === undefined) return foreign;

@@ -132,6 +132,11 @@ export type AddressOwner =
       readonly resting?: boolean;
     };
 
+/** Which service a port of every node leads to. */
+export interface PortOwner {
+  readonly service: ServiceId;
+}
+
 /** Who holds a node subnet; `resting` as with addresses. */
 export interface SubnetOwner {
   readonly node: string;

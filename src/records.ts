@@ -18,6 +18,7 @@ import type {
   Leader,
   NetworkConfig,
   Node,
+  PortOwner,
   Service,
   SubnetOwner,
 } from './model.ts';
@@ -250,6 +251,8 @@ const addressSchema = v.variant('kind', [
   }),
 ]);
 
+const portOwnerSchema = v.object({ ...versionEntry, service: serviceIdSchema });
+
 const subnetSchema = v.object({
   ...versionEntry,
   node: idSchema,
@@ -405,6 +408,13 @@ export function decodeAddress(text: string): Result<AddressOwner> {
   return strip(decode(addressSchema, text));
 }
 
+export function encodePort(owner: PortOwner): string {
+  return print(owner);
+}
+export function decodePort(text: string): Result<PortOwner> {
+  return strip(decode(portOwnerSchema, text));
+}
+
 export function encodeSubnet(owner: SubnetOwner): string {
   return print(owner);
 }
@@ -445,6 +455,7 @@ export interface RecordValues {
   readonly service: Service;
   readonly address: AddressOwner;
   readonly instance: Instance;
+  readonly port: PortOwner;
 }
 
 /** A key with its value, understood. */
@@ -489,6 +500,8 @@ export function decodeRecord(key: Key, text: string): Result<KeyRecord> {
       return record({ kind: key.kind, key }, decodeAddress(text));
     case 'instance':
       return record({ kind: key.kind, key }, decodeInstance(text, key));
+    case 'port':
+      return record({ kind: key.kind, key }, decodePort(text));
   }
 }
 

@@ -101,8 +101,8 @@ function input(node: NodeState, peers: readonly { readonly endpoint: Ipv4 }[]): 
   return chain('input', 'type filter hook input priority filter', [
     ...carrier,
     `iifname != ${setOf(ownLinks(node))} accept`,
-    `ip daddr { ${gateway}, 224.0.0.251 } udp dport { 53, 5353 } accept`,
-    `ip daddr ${gateway} tcp dport 53 accept`,
+    `iifname "${node.bridge}" ip daddr { ${gateway}, 224.0.0.251 } udp dport { 53, 5353 } accept`,
+    `iifname "${node.bridge}" ip daddr ${gateway} tcp dport 53 accept`,
     `ip daddr ${gateway} icmp type echo-request accept`,
     'ct state established,related accept',
     'ip protocol igmp accept',

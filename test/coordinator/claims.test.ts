@@ -281,6 +281,44 @@ test('applyService claims a wanted address, and refuses one that somebody else h
   );
 });
 
+test('applyService claims node ports, refuses those of another service, and gives back what is no longer published', async () => {
+  const { kv } = world();
+  const SHOP = sid('shop.prod.front.v1');
+  const web = (source: number, protocol: 'tcp' | 'udp' = 'tcp') => ({ source, destination: 80, protocol });
+  const apply = (id: typeof SHOP, ports: ReturnType<typeof web>[], exposed = true) =>
+    applyService(kv, keys, config, descriptor(id, { exposed, ports }));
+  const held = () => kv.keys(keys.prefix('ports'));
+  await apply(CART, [web(80), web(53, 'udp')]);
+  assert.equal(await held(), ['/edgeway/v1/ports/tcp/80', '/edgeway/v1/ports/udp/53']);
+  const error = await rejectsWith('port_taken', () => apply(SHOP, [web(81), web(80)]));
+  assert.match(error.message, 'tcp port 80 leads to service shop.prod.cart.v1 already');
+  assert.is((await held()).length, 2, 'all or nothing');
+  await apply(SHOP, [web(80)], false);
+  await apply(SHOP, [web(80, 'udp'), web(81)]);
+  await apply(CART, [web(53, 'udp')]);
+  assert.equal(await held(), [
+    '/edgeway/v1/ports/tcp/81',
+    '/edgeway/v1/ports/udp/53',
+    '/edgeway/v1/ports/udp/80',
+  ]);
+  await apply(SHOP, [web(80)]);
+  await deleteService(kv, keys, config, SHOP);
+  assert.equal(await held(), ['/edgeway/v1/ports/udp/53']);
+  // A record that somebody deleted by hand holds nothing.
+  await kv.txn([], [{ kind: 'delete', key: keys.build({ kind: 'service', service: CART }) }]);
+  await apply(SHOP, [web(53, 'udp')]);
+});
+
+test('applyService under racing services: a node port has one owner', async () => {
+  const { store } = world();
+  const ids = Array.from({ length: 8 }, (_, n) => sid(`shop.prod.s${n}.v1`));
+  const ports = [{ source: 443, destination: 8443, protocol: 'tcp' as const }];
+  const outcomes = await Promise.allSettled(
+    ids.map((id) => applyService(store.connect(), keys, config, descriptor(id, { exposed: true, ports }))),
+  );
+  assert.is(outcomes.filter(({ status }) => status === 'fulfilled').length, 1);
+});
+
 test('applyService under racing services and racing appliers of one service: no address twice', async () => {
   const { store, kv } = world();
   const small = {

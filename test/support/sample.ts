@@ -99,4 +99,7 @@ export const anyKey: fc.Arbitrary<Key> = fc.oneof(
   fc
     .tuple(anyServiceId, anyInstanceNumber)
     .map(([service, instance]) => ({ kind: 'instance', service, instance }) as const),
+  fc
+    .tuple(fc.constantFrom('tcp', 'udp'), fc.integer({ min: 1, max: 65_535 }))
+    .map(([protocol, port]) => ({ kind: 'port', protocol, port }) as const),
 );
