@@ -16,14 +16,20 @@ import {
 import type { Kv, LeaseId } from '../coordinator/kv.ts';
 import { keepLease, type LeaseKeeper } from '../coordinator/lease.ts';
 import { type Cidr, formatCidr, formatIpv4, type Ipv4, parseIpv4 } from '../src/addr.ts';
-import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
+import { EdgewayError, type ErrorCode, toEdgewayError, unwrap } from '../src/error.ts';
 import type { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import { type Descriptor, type Instance, type NetworkConfig, portNumbers } from '../src/model.ts';
 import { parseName, type ServiceId, splitServiceId } from '../src/name.ts';
 import { layoutOf } from '../src/plan.ts';
-import { decodeCoordinate, encodeCoordinate, type ParsedDescriptor } from '../src/records.ts';
+import {
+  decodeCoordinate,
+  decodeService,
+  encodeCoordinate,
+  type ParsedDescriptor,
+  recordError,
+} from '../src/records.ts';
 import type {
   Change,
   ExplainView,
@@ -111,6 +117,15 @@ const WITHDRAW_RETRY_MS = 1_000;
 /** Choices that `explain` shows. */
 const CHOICES_SHOWN = 20;
 
+/** Reasons why a hosted instance cannot be attached now and may be later. */
+const MAY_STILL_COME: ReadonlySet<ErrorCode> = new Set([
+  'docker_unavailable',
+  'container_not_running',
+  'coordination_unavailable',
+  'timeout',
+]);
+const RESUME_RETRY_MS = 5_000;
+
 const hostedKey = (service: ServiceId, instance: number): string => `${service}/${instance}`;
 
 export class Agent implements NodeControl {
@@ -121,6 +136,8 @@ export class Agent implements NodeControl {
   #registered: Registered | undefined;
   #queue: Promise<unknown> = Promise.resolve();
   #stopping = false;
+  /** Hosted by the last run and not yet attached again. */
+  #resuming: Hosted[] = [];
   /** As last published; goes into the node's record whenever that is written. */
   #position: Position | undefined;
 
@@ -145,18 +162,36 @@ export class Agent implements NodeControl {
       return;
     }
     this.#log.info({ subnet: formatCidr(saved.subnet), count: saved.hosted.length }, 'resuming');
-    await this.register(formatCidr(saved.subnet));
-    for (const hosted of saved.hosted)
+    this.#resuming = [...saved.hosted];
+    try {
+      await this.register(formatCidr(saved.subnet));
+    } catch (thrown) {
+      // Away for longer than tenure, and somebody else came: a new subnet, and new namespace addresses in it.
+      if (toEdgewayError(thrown).code !== 'subnet_taken' || register.kind === 'exact') throw thrown;
+      this.#warn('the subnet of the last run is not ours any more', thrown);
+      await this.register(undefined);
+    }
+    await this.#resume();
+  }
+
+  /** Attaches again what the last run hosted; what may still come (an engine that starts later) is tried again. */
+  async #resume(): Promise<void> {
+    const waiting: Hosted[] = [];
+    for (const hosted of this.#resuming) {
       try {
-        await this.deploy({ ...hosted, addresses: {} }, hosted.namespaceIp);
+        await this.#deployAlone(hosted, hosted);
       } catch (thrown) {
-        const error = toEdgewayError(thrown);
-        this.#log.warn(
-          { service: hosted.service, instance: hosted.instance, code: error.code, error: error.message },
-          'instance is not resumed',
-        );
+        const { code, message } = toEdgewayError(thrown);
+        const { service, instance } = hosted;
+        if (MAY_STILL_COME.has(code)) waiting.push(hosted);
+        this.#log.warn({ service, instance, code, error: message }, 'instance is not resumed');
       }
-    await this.#writeState();
+    }
+    // An undeploy may have come in between: it is not brought back.
+    this.#resuming = waiting.filter((hosted) => this.#resuming.includes(hosted));
+    await this.#alone(() => this.#writeState());
+    if (this.#resuming.length > 0 && !this.#stopping)
+      this.#parts.timers.after(RESUME_RETRY_MS, () => void this.#resume());
   }
 
   /** Leaves the host as it was found. Addresses stay claimed until tenure ends, so that a restart finds them. */
@@ -200,15 +235,16 @@ export class Agent implements NodeControl {
     });
   }
 
-  deploy(request: DeployRequest, preferred?: Ipv4): Promise<InstanceView> {
-    return this.#alone(() =>
-      Undo.guard(this.#log, async (undo) => viewInstance(await this.#deploy(request, preferred, undo))),
-    );
+  async deploy(request: DeployRequest): Promise<InstanceView> {
+    return viewInstance(await this.#deployAlone(request, undefined));
   }
 
   undeploy(service: ServiceId, instance: number | undefined): Promise<void> {
     return this.#alone(async () => {
       const node = this.#node();
+      this.#resuming = this.#resuming.filter(
+        (one) => one.service !== service || (instance !== undefined && one.instance !== instance),
+      );
       for (const hosted of [...this.#hosted.values()])
         if (hosted.service === service && (instance === undefined || hosted.instance === instance))
           await this.#undeploy(node, hosted);
@@ -498,7 +534,14 @@ export class Agent implements NodeControl {
 
   // ---- instances ----
 
-  async #deploy(request: DeployRequest, preferred: Ipv4 | undefined, undo: Undo): Promise<Instance> {
+  /** `former`: what the instance had in the last run, kept if it still can be. */
+  #deployAlone(request: DeployRequest | Hosted, former: Hosted | undefined): Promise<Instance> {
+    const { service, instance, target } = request;
+    const wanted = 'addresses' in request ? request : { service, instance, target, addresses: {} };
+    return this.#alone(() => Undo.guard(this.#log, (undo) => this.#deploy(wanted, former, undo)));
+  }
+
+  async #deploy(request: DeployRequest, former: Hosted | undefined, undo: Undo): Promise<Instance> {
     const { service, instance, target } = request;
     const { kv, keys, environment, routes, clock, config } = this.#parts;
     const node = this.#node();
@@ -511,7 +554,7 @@ export class Agent implements NodeControl {
       );
     const found = await this.#findTarget(target);
 
-    const descriptor = this.#parts.table.service(service)?.descriptor ?? bareDescriptor(service);
+    const descriptor = (await this.#describedInStore(service)) ?? bareDescriptor(service);
     await applyService(kv, keys, node.network, descriptor, request.addresses);
     const claim = await claimInstance(kv, keys, node.network, {
       service,
@@ -519,13 +562,15 @@ export class Agent implements NodeControl {
       node: config.node,
       lease: await node.tenure.held(limits.READ_YOUR_WRITES_MS),
       ...(request.instanceIp === undefined ? {} : { wanted: request.instanceIp }),
+      ...(former === undefined ? {} : { preferred: former.instanceIp }),
     });
     const held = { service, instance, node: config.node, instanceIp: claim.instanceIp };
     undo.push('instance address', async () => {
       await releaseInstance(kv, keys, node.network, held);
     });
 
-    if (preferred !== undefined) node.addresses.hold(id, preferred, clock.monotonicMs());
+    // Refused when the address lies in another subnet than this run's; then any other will do.
+    if (former !== undefined) node.addresses.hold(id, former.namespaceIp, clock.monotonicMs());
     const namespaceIp = unwrap(node.addresses.take(id, clock.monotonicMs()));
     undo.push('namespace address', async () => node.addresses.giveBack(id, clock.monotonicMs()));
     const hosted: Hosted = { service, instance, target, namespaceIp, instanceIp: claim.instanceIp };
@@ -596,6 +641,17 @@ export class Agent implements NodeControl {
       this.#warn(`instance ${id} died and is not withdrawn yet`, thrown);
       this.#parts.timers.after(WITHDRAW_RETRY_MS, () => this.#withdraw(id));
     });
+  }
+
+  /** The store's own word, since this node's table need not hold every service. */
+  async #describedInStore(service: ServiceId): Promise<Descriptor | undefined> {
+    const { kv, keys } = this.#parts;
+    const key = keys.build({ kind: 'service', service });
+    const entry = await kv.get(key);
+    if (entry === undefined) return undefined;
+    const record = decodeService(entry.value, service);
+    if (!record.ok) throw recordError(key, record.error);
+    return record.value.descriptor;
   }
 
   async #findTarget(
@@ -693,7 +749,13 @@ export class Agent implements NodeControl {
     if (subnet === undefined) return;
     await this.#parts.files.write(
       this.#statePath,
-      encodeState({ subnet, hosted: [...this.#hosted.values()] }),
+      encodeState({
+        subnet,
+        hosted: [
+          ...this.#hosted.values(),
+          ...this.#resuming.filter((one) => !this.#hosted.has(hostedKey(one.service, one.instance))),
+        ],
+      }),
     );
   }
 }

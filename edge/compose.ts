@@ -1,0 +1,208 @@
+// The agent's composition root. Above the line everything only reads settings; below it the world is touched:
+// etcd, the host, sockets, the packet loop, signals.
+import { randomInt } from 'node:crypto';
+import { mkdir } from 'node:fs/promises';
+import { hostname } from 'node:os';
+import process from 'node:process';
+import { serve } from '#serve';
+import { connectEtcd } from '../coordinator/etcd/client.ts';
+import { Keyspace } from '../coordinator/keyspace.ts';
+import { type Cidr, formatIpv4 } from '../src/addr.ts';
+import { toEdgewayError } from '../src/error.ts';
+import { Keys } from '../src/keys.ts';
+import * as limits from '../src/limits.ts';
+import type { Logger } from '../src/log.ts';
+import type { NetworkConfig } from '../src/model.ts';
+import { layoutOf } from '../src/plan.ts';
+import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
+import { Agent, type NameServer, type NeedsOf } from './agent.ts';
+import { createApp } from './api/app.ts';
+import { type AgentConfig, parseConfig, type SettingValues } from './config.ts';
+import { Environment } from './host/environment.ts';
+import { findUnderlay } from './host/underlay.ts';
+import { systemClock, systemTimers } from './io/clock.ts';
+import { followResolvConf } from './io/dns_resolvconf.ts';
+import { startDnsServer } from './io/dns_server.ts';
+import { dockerEngine } from './io/docker.ts';
+import { startPrivateEtcd } from './io/etcd_private.ts';
+import { hostRunner } from './io/exec.ts';
+import { hostFiles } from './io/files.ts';
+import { createLogger } from './io/log.ts';
+import { startMdns } from './io/mdns_server.ts';
+import { startPacketLoop } from './io/packet_loop.ts';
+import { hostVitals } from './io/vitals.ts';
+import { RouteFollower } from './routes/follow.ts';
+import { RouteTable } from './routes/table.ts';
+
+const RESTORE_RETRY_MS = 2_000;
+
+const runtimeName = (): string => {
+  const { deno, node } = process.versions;
+  return deno === undefined ? `node ${node}` : `deno ${deno}`;
+};
+
+function networkFor(config: AgentConfig, underlayMtu: number): NetworkConfig {
+  return {
+    ...DEFAULT_NETWORK_CONFIG,
+    mtu: config.mtu ?? Math.max(limits.MTU_MIN, underlayMtu - limits.TUNNEL_OVERHEAD),
+    presenceTtlS: config.presenceTtlS,
+  };
+}
+
+/** Runs the agent until a signal ends it; resolves when the host is as it was found. */
+export async function runAgent(flags: SettingValues, version: string): Promise<void> {
+  let config: AgentConfig;
+  try {
+    config = parseConfig(flags, process.env, hostname());
+  } catch (thrown) {
+    process.stderr.write(`edgeway agent: ${toEdgewayError(thrown).message}\n`);
+    process.exitCode = 2;
+    return;
+  }
+  const log = createLogger(config.logLevel);
+  const ended = new Promise<string>((resolve) => {
+    for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => resolve(signal));
+    process.on('uncaughtException', (error) => {
+      log.error({ error: error.stack ?? error.message }, 'defect: stopping');
+      process.exitCode = 1;
+      resolve('uncaughtException');
+    });
+    // A promise that nobody awaited does not stop the packets of running instances.
+    process.on('unhandledRejection', (thrown) => {
+      const error = toEdgewayError(thrown);
+      log.error(
+        { code: error.code, error: error.stack ?? error.message },
+        'defect: a promise was left alone',
+      );
+    });
+  });
+
+  // ---- below this line the world is touched ----
+  const closers: (() => Promise<void>)[] = [];
+  try {
+    await start(config, log, version, closers);
+    log.info({ reason: await ended }, 'stopping');
+  } catch (thrown) {
+    const error = toEdgewayError(thrown);
+    log.error({ code: error.code, error: error.message }, 'the agent cannot start');
+    process.exitCode = 1;
+  }
+  for (const close of closers.toReversed())
+    try {
+      await close();
+    } catch (thrown) {
+      log.warn({ error: toEdgewayError(thrown).message }, 'not closed cleanly');
+    }
+  process.exit(); // etcd3 keeps a channel's timers alive after close
+}
+
+async function start(
+  config: AgentConfig,
+  log: Logger,
+  version: string,
+  closers: (() => Promise<void>)[],
+): Promise<void> {
+  await mkdir(config.dataDir, { recursive: true, mode: 0o700 });
+  const underlay = await findUnderlay(hostRunner, config.nodeIp);
+
+  const endpoints = [...config.etcd];
+  if (endpoints.length === 0) {
+    const etcd = await startPrivateEtcd({ dataDir: config.dataDir, log });
+    closers.push(() => etcd.stop());
+    endpoints.push(etcd.endpoint);
+  }
+  const kv = connectEtcd({ endpoints, log });
+  closers.push(() => kv.close());
+
+  const keys = new Keys(config.root);
+  const table = new RouteTable();
+  const routes = new RouteFollower({
+    keys,
+    table,
+    open: (listener) => new Keyspace(kv, keys, log, listener),
+    after: systemTimers.after,
+  });
+  closers.push(() => routes.close());
+
+  const environment = new Environment({
+    runner: hostRunner,
+    files: hostFiles,
+    log,
+    names: { bridge: config.bridge, tun: config.tun },
+    stateDir: config.dataDir,
+  });
+  const agent = new Agent({
+    config,
+    nodeIp: underlay.address,
+    network: networkFor(config, underlay.mtu),
+    kv,
+    keys,
+    table,
+    routes,
+    environment,
+    engine: dockerEngine(config.dockerSocket === undefined ? {} : { socketPath: config.dockerSocket }),
+    files: hostFiles,
+    clock: systemClock,
+    timers: systemTimers,
+    log,
+    random: Math.random,
+    nonce: () => randomInt(2 ** 32),
+    vitals: hostVitals({
+      runner: hostRunner,
+      commands: config.healthCommands,
+      ...(config.loadFile === undefined ? {} : { loadFile: config.loadFile }),
+    }),
+    startLoop: startPacketLoop,
+    startNames: (subnet, needsOf) => startNames({ config, table, log, subnet, needsOf }),
+    runtime: runtimeName(),
+    version,
+  });
+  closers.push(() => agent.stop());
+
+  const server = await serve(createApp(agent, log, version).fetch, config.api);
+  closers.push(() => server.stop());
+  log.info({ node: config.node, address: formatIpv4(underlay.address), port: config.ewp }, 'agent is up');
+  restore(agent, log);
+}
+
+/** A restart while etcd is away waits for it; requests may come in meanwhile. */
+function restore(agent: Agent, log: Logger): void {
+  agent.restore().catch((thrown: unknown) => {
+    const error = toEdgewayError(thrown);
+    log.warn({ code: error.code, error: error.message }, 'not registered yet');
+    if (error.code === 'coordination_unavailable' || error.code === 'timeout')
+      systemTimers.after(RESTORE_RETRY_MS, () => restore(agent, log));
+  });
+}
+
+/** DNS on the bridge, and multicast beside it: both or none. */
+async function startNames(options: {
+  readonly config: AgentConfig;
+  readonly table: RouteTable;
+  readonly log: Logger;
+  readonly subnet: Cidr;
+  readonly needsOf: NeedsOf;
+}): Promise<NameServer> {
+  const { config, table, log, subnet, needsOf } = options;
+  const shared = { address: layoutOf(subnet).bridge, table, needsOf, log, clock: systemClock };
+  const upstreams =
+    config.upstreams.length > 0
+      ? () => config.upstreams
+      : followResolvConf({ own: shared.address, clock: systemClock, log });
+  const dns = await startDnsServer({ ...shared, upstreams });
+  if (!config.mdns) return { changed: () => {}, counters: () => dns.counters(), stop: () => dns.stop() };
+  try {
+    const mdns = await startMdns({ ...shared, interface: config.bridge, subnet });
+    return {
+      changed: (delta) => mdns.changed(delta.services),
+      counters: () => ({ ...dns.counters(), ...mdns.counters() }),
+      stop: async () => {
+        await mdns.stop();
+        await dns.stop();
+      },
+    };
+  } catch (thrown) {
+    await dns.stop();
+    throw thrown;
+  }
+}

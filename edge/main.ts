@@ -1,0 +1,51 @@
+#!/usr/bin/env node
+// The `edgeway` command: the agent, the coordinator, and the operator's commands. Each is loaded when it is asked
+// for, so that `edgeway get nodes` does not pay for etcd and FFI.
+import { type ArgsDef, defineCommand, runMain } from 'citty';
+import packageJson from '../package.json' with { type: 'json' };
+import { SETTINGS, type SettingName } from './config.ts';
+
+const commands = () => import('./cli/commands.ts');
+
+const agentArgs: ArgsDef = Object.fromEntries(
+  Object.entries(SETTINGS).map(([name, setting]) => [
+    name,
+    // No `default` here: the environment stands between a flag and the default (config.ts).
+    {
+      type: 'string',
+      valueHint: setting.hint,
+      description: 'default' in setting ? `${setting.help} [${setting.default}]` : setting.help,
+    },
+  ]),
+);
+
+const agentCommand = defineCommand({
+  meta: { name: 'agent', description: 'run the agent of this host; every flag may also be EDGEWAY_<FLAG>' },
+  args: agentArgs,
+  async run({ args }) {
+    const { runAgent } = await import('./compose.ts');
+    const flags = Object.fromEntries(
+      Object.keys(SETTINGS).flatMap((name) => (typeof args[name] === 'string' ? [[name, args[name]]] : [])),
+    ) as Partial<Record<SettingName, string>>;
+    await runAgent(flags, packageJson.version);
+  },
+});
+
+await runMain(
+  defineCommand({
+    meta: { name: 'edgeway', version: packageJson.version, description: packageJson.description },
+    subCommands: {
+      agent: agentCommand,
+      get: async () => (await commands()).getCommand,
+      apply: async () => (await commands()).applyCommand,
+      delete: async () => (await commands()).deleteCommand,
+      resolve: async () => (await commands()).resolveCommand,
+      register: async () => (await commands()).registerCommand,
+      attach: async () => (await commands()).attachCommand,
+      detach: async () => (await commands()).detachCommand,
+      describe: async () => (await commands()).describeCommand,
+      watch: async () => (await commands()).watchCommand,
+      status: async () => (await commands()).statusCommand,
+    },
+  }),
+);
