@@ -15,6 +15,7 @@ import { LABEL_LENGTH_MAX, parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
 import type { Clock } from '../ports.ts';
 import { MDNS_PORT, MdnsResponder, type MdnsSource } from '../resolver/mdns.ts';
+import { type Alias, AliasClaims } from '../resolver/mdns_alias.ts';
 import type { NameTable } from '../routes/table.ts';
 import { bindError } from './dns_server.ts';
 
@@ -35,6 +36,8 @@ export interface MdnsServerOptions {
   /** As for the unicast server; what is outside gets silence. */
   readonly needsOf?: (source: Ipv4) => readonly ServiceId[] | undefined;
   readonly plan?: Plan;
+  /** On a LAN: only these two-label names are served, and they lead to `address` (mdns_alias.ts). */
+  readonly aliases?: readonly Alias[];
   readonly log: Logger;
   readonly clock: Clock;
 }
@@ -67,35 +70,48 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
     mdns_send_failed: 0,
     mdns_unsendable: 0,
   };
+  const seed = randomInt(1, 0xffffffff);
+  const claims =
+    options.aliases === undefined
+      ? undefined
+      : new AliasClaims({ aliases: options.aliases, table, address: options.address, seed });
   const responder = new MdnsResponder({
     table,
-    seed: randomInt(1, 0xffffffff),
+    seed,
     ...(plan === undefined ? {} : { plan }),
+    ...(claims === undefined ? {} : { resolve: (question) => claims.resolve(question) }),
   });
   const sockets = await open(options.interface, address, log, counters);
   let timer: ReturnType<typeof setTimeout> | undefined;
   let stopped = false;
 
-  /** Sends what the responder wants to say and sleeps until its next deadline. */
-  function drain(): void {
-    for (let out = responder.poll(); out !== undefined; out = responder.poll()) {
-      const bytes = encodeChecked(out.packet);
-      if (bytes === undefined) {
-        counters.mdns_unsendable++;
-        continue;
-      }
-      const [port, host] = out.kind === 'unicast' ? [out.to.port, out.to.address] : [MDNS_PORT, GROUP];
-      sockets.send.send(bytes, 0, bytes.length, port, host, (error) => {
-        if (error !== null && error !== undefined) counters.mdns_send_failed++;
-      });
+  function send(packet: Packet, port: number, host: string): void {
+    const bytes = encodeChecked(packet);
+    if (bytes === undefined) {
+      counters.mdns_unsendable++;
+      return;
     }
+    sockets.send.send(bytes, 0, bytes.length, port, host, (error) => {
+      if (error !== null && error !== undefined) counters.mdns_send_failed++;
+    });
+  }
+
+  /** Sends what the machines want to say and sleeps until the next deadline. */
+  function drain(): void {
+    for (let out = responder.poll(); out !== undefined; out = responder.poll())
+      if (out.kind === 'unicast') send(out.packet, out.to.port, out.to.address);
+      else send(out.packet, MDNS_PORT, GROUP);
+    for (let out = claims?.poll(); out !== undefined; out = claims?.poll()) send(out, MDNS_PORT, GROUP);
     clearTimeout(timer);
     timer = undefined;
-    const next = responder.deadline();
+    const next = [responder.deadline(), claims?.deadline()]
+      .filter((at) => at !== undefined)
+      .reduce<number | undefined>((least, at) => Math.min(least ?? at, at), undefined);
     if (next === undefined || stopped) return;
     timer = setTimeout(
       () => {
         responder.handleTimeout(clock.monotonicMs());
+        claims?.handleTimeout(clock.monotonicMs());
         drain();
       },
       Math.max(1, next - clock.monotonicMs()),
@@ -117,9 +133,10 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
     const needs = needsOf?.(source);
     const direct = (from as { direct?: boolean }).direct === true;
     const asker: MdnsSource = { address: from.address, port: from.port, direct };
+    if (claims !== undefined && source !== options.address) claims.handleProbe(packet, clock.monotonicMs());
     responder.handleQuery(packet, asker, clock.monotonicMs(), needs);
     drain();
-    if (onLookup === undefined) return;
+    if (onLookup === undefined || claims !== undefined) return;
     for (const { name } of (packet.questions ?? []).slice(0, 4)) {
       const parsed = parseName(name);
       if (!parsed.ok) continue;
@@ -151,6 +168,7 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
     }
     if (sourceOf(from) === undefined || stopped) return;
     responder.handleResponse(packet, clock.monotonicMs());
+    claims?.handleResponse(packet, clock.monotonicMs());
     drain();
   });
   sockets.mdns.on('warning', () => {
@@ -158,18 +176,23 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
   });
   log.info({ interface: options.interface, address }, 'multicast DNS responder listens');
 
+  claims?.changed(clock.monotonicMs());
+  drain();
+
   let ended: Promise<void> | undefined;
   return {
     changed(services) {
       if (stopped) return;
-      responder.changed(services, clock.monotonicMs());
+      if (claims === undefined) responder.changed(services, clock.monotonicMs());
+      else claims.changed(clock.monotonicMs());
       drain();
     },
-    counters: () => ({ ...responder.counters, ...counters }),
+    counters: () => ({ ...responder.counters, ...claims?.counters, ...counters }),
     stop() {
       ended ??= (async () => {
         stopped = true;
         responder.goodbye();
+        claims?.goodbye();
         drain();
         // A goodbye must have left before its socket closes; the callback of a last empty send comes after it.
         await new Promise<void>((resolve) => setImmediate(resolve));
@@ -183,7 +206,7 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
 /** dns-packet writes an over-long label as a broken message without complaint. */
 function encodeChecked(packet: Packet): Buffer | undefined {
   const names = [...(packet.questions ?? []), ...(packet.answers ?? []), ...(packet.additionals ?? [])];
-  for (const { name } of names)
+  for (const { name } of [...names, ...(packet.authorities ?? [])])
     if (name.length > 253 || name.split('.').some((label) => label.length > LABEL_LENGTH_MAX))
       return undefined;
   try {

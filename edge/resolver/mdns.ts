@@ -20,7 +20,7 @@ import type { Plan } from '../../src/plan.ts';
 import { POLICIES } from '../../src/policy.ts';
 import { Rng } from '../../src/rng.ts';
 import type { NameTable } from '../routes/table.ts';
-import { answer, type LocalRecord } from './resolver.ts';
+import { answer, type Decision, type LocalRecord, type Question } from './resolver.ts';
 
 export const MDNS_PORT = 5353;
 const TTL_S = DNS_TTL_S; // §10: 120 s for records tied to an address
@@ -50,6 +50,8 @@ export interface MdnsOptions {
   readonly plan?: Plan;
   /** For the random waits of §7.2. */
   readonly seed: number;
+  /** Other names than the table's: a LAN's aliases. */
+  readonly resolve?: (question: Question) => Decision;
 }
 
 /** A record that we may send, and how it is recognised in known-answer lists. */
@@ -88,7 +90,7 @@ export class MdnsResponder {
     mdns_overload: 0,
   };
   readonly #table: NameTable;
-  readonly #planOption: { readonly plan?: Plan };
+  readonly #resolve: (question: Question, needs?: readonly ServiceId[]) => Decision;
   readonly #output: MdnsOutput[] = [];
   /** Last multicast per record, in order of insertion: the oldest is forgotten first. */
   readonly #sentMs = new Map<string, number>();
@@ -104,7 +106,9 @@ export class MdnsResponder {
 
   constructor(options: MdnsOptions) {
     this.#table = options.table;
-    this.#planOption = options.plan === undefined ? {} : { plan: options.plan };
+    const { table, resolve } = options;
+    const plan = options.plan === undefined ? {} : { plan: options.plan };
+    this.#resolve = resolve ?? ((question, needs) => answer(question, table, { needs, ...plan }));
     this.#rng = new Rng(options.seed);
   }
 
@@ -247,14 +251,14 @@ export class MdnsResponder {
     type: string,
     needs: readonly ServiceId[] | undefined,
   ): { readonly answers: readonly Ours[]; readonly additionals: readonly Ours[] } {
-    const decision = answer({ name, type }, this.#table, { needs, ...this.#planOption });
+    const decision = this.#resolve({ name, type }, needs);
     if (decision.kind === 'answer') {
       const answers = decision.records.map(localRecord);
       const additionals = decision.additionals.map(localRecord);
       const address = answers.find(({ record }) => record.type === 'A');
       // §6.1: who asks for A will ask for AAAA; the NSEC spares it the wait.
       if (address !== undefined) {
-        const other = answer({ name, type: 'AAAA' }, this.#table, { needs, ...this.#planOption });
+        const other = this.#resolve({ name, type: 'AAAA' }, needs);
         if (other.kind === 'nodata') additionals.push(nsec(name, other.types));
       }
       return { answers, additionals };
@@ -347,7 +351,7 @@ export class MdnsResponder {
   }
 
   #addressOf(name: string): Ipv4 | undefined {
-    const decision = answer({ name, type: 'A' }, this.#table, this.#planOption);
+    const decision = this.#resolve({ name, type: 'A' });
     const record = decision.kind === 'answer' ? decision.records[0] : undefined;
     return record?.type === 'A' ? record.address : undefined;
   }

@@ -124,10 +124,26 @@ test('avahi-resolve finds a seven-label name by multicast, and a goodbye takes i
   });
 });
 
+test('avahi-resolve finds a two-label alias on a LAN, and not the names of the bridge', async () => {
+  const visitor = await lab.client(2);
+  await visitor.avahi();
+  await withResolver({ alias: 'cart.local' }, async (talker) => {
+    await until('the alias to be held', async () => {
+      const told = (await talker.ask({})) as { counters: Record<string, number> };
+      return told.counters['alias_held'] === 1;
+    });
+    assert.match((await visitor.run(['avahi-resolve', '-4', '-n', 'cart.local'])).stdout, '172.16.0.65');
+    assert.is((await visitor.run(['avahi-resolve', '-4', '-n', NAME], { limitMs: 15_000 })).stdout, '');
+  });
+});
+
 test('multicast answers stay on the bridge', async () => {
   await lab.inHost(['ip', 'link', 'add', 'out0', 'type', 'veth', 'peer', 'name', 'out1']);
   await lab.inHost(['ip', 'addr', 'add', '10.9.0.1/24', 'dev', 'out0']);
-  for (const link of ['out0', 'out1']) await lab.inHost(['ip', 'link', 'set', link, 'up']);
+  for (const link of ['out0', 'out1']) {
+    await lab.inHost(['sysctl', '-q', '-w', `net.ipv6.conf.${link}.disable_ipv6=1`]);
+    await lab.inHost(['ip', 'link', 'set', link, 'up']);
+  }
   await lab.inHost(['ip', 'route', 'add', 'default', 'via', '10.9.0.2']);
   const before = await must(['ip', '-n', lab.host, '-j', '-s', 'link', 'show', 'out1']);
   await withResolver({}, async (talker) => {
@@ -139,9 +155,32 @@ test('multicast answers stay on the bridge', async () => {
   });
   const packets = (text: string): number =>
     (JSON.parse(text) as { stats64: { rx: { packets: number } } }[])[0]!.stats64.rx.packets;
-  // Router solicitations and such may pass; our messages are at least four.
   const after = await must(['ip', '-n', lab.host, '-j', '-s', 'link', 'show', 'out1']);
-  assert.ok(packets(after) - packets(before) < 4, 'nothing of ours left by the default route');
+  assert.is(packets(after) - packets(before), 0, 'nothing left by the default route');
+});
+
+test('startMdns lives beside avahi on its own host: both answer, in either order of start', async () => {
+  const visitor = await lab.client(3);
+  await visitor.avahi();
+  const space = await lab.hostSpace({
+    'avahi/avahi-daemon.conf': '[server]\nhost-name=ewhost\nuse-ipv6=no\n',
+  });
+  const both = async (): Promise<void> => {
+    await until('our name', async () =>
+      (await visitor.run(['avahi-resolve', '-4', '-n', NAME])).stdout.includes('172.30.0.2'),
+    );
+    await until('the name of the host', async () =>
+      (await visitor.run(['avahi-resolve', '-4', '-n', 'ewhost.local'])).stdout.includes('172.16.0.65'),
+    );
+    await until('our name, asked on the host', async () =>
+      (await space.run(['avahi-resolve', '-4', '-n', NAME])).stdout.includes('172.30.0.2'),
+    );
+  };
+  await withResolver({}, async () => {
+    await space.avahi();
+    await both();
+  });
+  await withResolver({}, both);
 });
 
 test.run();

@@ -13,6 +13,8 @@ interface Options {
   readonly upstreams?: readonly string[];
   readonly needs?: Readonly<Record<string, readonly string[]>>;
   readonly mdns?: boolean;
+  /** Two-label name of cart on the bridge as if it were a LAN. */
+  readonly alias?: string;
   /** Address of a web page. */
   readonly page?: string;
 }
@@ -21,6 +23,11 @@ const say = (message: object): void => {
   process.stdout.write(`${JSON.stringify(message)}\n`);
 };
 const table = world();
+if (options.alias !== undefined) {
+  const cart = table.service(CART)!;
+  const ports = [{ source: 8080, destination: 80, protocol: 'tcp' as const }];
+  table.putService({ ...cart, descriptor: { ...cart.descriptor, exposed: true, ports } });
+}
 const asked = new Map<ServiceId, number>();
 const clock = { monotonicMs: () => performance.now(), wallMs: () => Date.now() };
 const subnet = { base: ip('172.16.0.64'), bits: 26 };
@@ -39,9 +46,12 @@ const common = {
   },
 };
 
+const aliases = options.alias === undefined ? {} : { aliases: [{ name: options.alias, service: CART }] };
+
 try {
   const dns = await startDnsServer({ ...common, upstreams: () => options.upstreams ?? [] });
-  const mdns = options.mdns === false ? undefined : await startMdns({ ...common, interface: 'br0', subnet });
+  const mdns =
+    options.mdns === false ? undefined : await startMdns({ ...common, interface: 'br0', subnet, ...aliases });
   mdns?.changed([CART]);
   const page = createServer((_request, response) => response.end('the page of cart'));
   let connections = 0;

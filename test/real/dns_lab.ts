@@ -84,6 +84,7 @@ export class Talker {
   readonly #early: string[] = [];
   stderr = '';
   exited = false;
+  isDaemon = false;
 
   constructor(argv: readonly string[]) {
     this.child = spawn(argv[0]!, argv.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
@@ -126,6 +127,8 @@ export class Talker {
     if (this.exited) return;
     const closed = new Promise<void>((resolve) => this.child.on('close', () => resolve()));
     this.child.stdin!.end();
+    // A daemon does not look at its input.
+    if (this.isDaemon) this.child.kill('SIGTERM');
     const timer = setTimeout(() => this.child.kill('SIGKILL'), 5_000);
     await closed;
     clearTimeout(timer);
@@ -267,7 +270,9 @@ export class Client {
   }
   /** A daemon that stays in the foreground; it ends with the lab. */
   start(argv: readonly string[]): Talker {
-    return this.lab.talk(this.enter(argv));
+    const talker = this.lab.talk(this.enter(argv));
+    talker.isDaemon = true;
+    return talker;
   }
   /** A system bus and avahi-daemon of this client alone. */
   async avahi(): Promise<void> {

@@ -52,7 +52,9 @@ async function host(
 
 const setUp = async (lab: DnsLab, space: Client, environment: readonly string[] = []): Promise<Talker> => {
   const argv = runtimeArgv(join(import.meta.dirname, 'dns_setup.ts'));
-  const talker = space.start(['env', ...environment, ...argv, 'set-up', join(lab.directory, 'resolv.json')]);
+  const talker = lab.talk(
+    space.enter(['env', ...environment, ...argv, 'set-up', join(lab.directory, 'resolv.json')]),
+  );
   return talker;
 };
 const conf = async (space: Client): Promise<string> => (await space.run(['cat', '/etc/resolv.conf'])).stdout;

@@ -34,7 +34,7 @@ test.before(async () => {
   await needProgram('curl', 'curl');
   lab = await new DnsLab().up();
   await lab.inHost(['ip', 'addr', 'add', `${ADDRESS}/32`, 'dev', 'lo']);
-  lab.talk([
+  const upstream = lab.talk([
     'ip',
     'netns',
     'exec',
@@ -54,6 +54,7 @@ test.before(async () => {
     '--address=/big.example.test/192.0.2.81',
     ...Array.from({ length: 60 }, (_, i) => `--txt-record=big.example.test,${'x'.repeat(60)}${i}`),
   ]);
+  upstream.isDaemon = true;
   resolver = await lab.resolver({ upstreams: ['127.0.0.1:5300'], page: ADDRESS });
   plain = await clientWith('files dns');
   await until('the upstream', async () =>
