@@ -4,7 +4,11 @@ import { cpSync } from 'node:fs';
 import { defineConfig } from 'tsup';
 
 export default defineConfig({
-  entry: { edgeway: 'edge/main.ts', packet_loop_worker: 'edge/io/packet_loop_worker.ts' },
+  entry: {
+    edgeway: 'edge/main.ts',
+    kudo: 'edge/kudo/mod.ts',
+    packet_loop_worker: 'edge/io/packet_loop_worker.ts',
+  },
   format: 'esm',
   platform: 'node',
   target: 'node22',
@@ -22,5 +26,6 @@ export default defineConfig({
   },
   onSuccess: async () => {
     cpSync('node_modules/etcd3/proto', 'dist/proto', { recursive: true });
+    cpSync('edge/kudo/network.proto', 'dist/kudo/network.proto');
   },
 });

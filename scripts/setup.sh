@@ -9,7 +9,8 @@ cd "$root"
 LAB_PACKAGES=(ip:iproute2 nsenter:util-linux nft:nftables iptables:iptables etcd:etcd-server etcdctl:etcd-client
   busybox:busybox-static curl:curl dockerd:docker.io tcpdump:tcpdump)
 # … and the real clients that the tests ask.
-TEST_PACKAGES=(dig:bind9-dnsutils avahi-daemon:avahi-daemon avahi-resolve:avahi-utils dbus-daemon:dbus iperf3:iperf3)
+TEST_PACKAGES=(dig:bind9-dnsutils avahi-daemon:avahi-daemon avahi-resolve:avahi-utils dbus-daemon:dbus iperf3:iperf3
+  /usr/lib/python3/dist-packages/grpc:python3-grpcio /usr/lib/python3/dist-packages/grpc_tools:python3-grpc-tools)
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -18,7 +19,8 @@ need_packages() {
   local missing=()
   local pair
   for pair in "$@"; do
-    command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair#*:}")
+    # A path stands for a package without a program.
+    command -v "${pair%%:*}" >/dev/null 2>&1 || [ -e "${pair%%:*}" ] || missing+=("${pair#*:}")
   done
   [ ${#missing[@]} -eq 0 ] && return 0
   if [ "$(id -u)" -ne 0 ]; then

@@ -23,7 +23,7 @@ export interface GrpcServer {
 }
 
 /** The contract, shipped with the code. */
-export const PROTO_PATH = join(import.meta.dirname, '../kudo/network.proto');
+export const PROTO_PATH = join(import.meta.dirname!, '../kudo/network.proto');
 
 /** `unix:/path`, or HOST:PORT with a loopback host; port 0 picks one. The socket belongs to its owner alone. */
 export async function serveGrpc(service: NetworkService, address: string, log: Logger): Promise<GrpcServer> {

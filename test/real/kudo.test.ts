@@ -88,7 +88,7 @@ class KudoLab {
         `--net=/run/netns/${netns}`,
         '--',
         NODE,
-        join(import.meta.dirname, 'whoami.mjs'),
+        join(import.meta.dirname!, 'whoami.mjs'),
         String(port),
         answer,
       ],

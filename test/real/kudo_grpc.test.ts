@@ -23,7 +23,7 @@ class PythonClient {
   #text = '';
   #waiting: ((line: string) => void) | undefined;
   private constructor(dir: string, target: string) {
-    this.#child = spawn(PYTHON, [join(import.meta.dirname, 'kudo_client.py'), dir, target], {
+    this.#child = spawn(PYTHON, [join(import.meta.dirname!, 'kudo_client.py'), dir, target], {
       stdio: ['pipe', 'pipe', 'inherit'],
     });
     this.#child.stdout.setEncoding('utf8').on('data', (text: string) => {
@@ -120,7 +120,7 @@ test('a foreign client sets up the node and an instance, uses its port, and dele
       `--net=/run/netns/${netns}`,
       '--',
       process.env['NODE'] ?? 'node',
-      join(import.meta.dirname, 'whoami.mjs'),
+      join(import.meta.dirname!, 'whoami.mjs'),
       '8080',
       'me',
     ],

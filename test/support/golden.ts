@@ -6,7 +6,7 @@ import process from 'node:process';
 import * as assert from 'uvu/assert';
 
 export function golden(name: string, text: string): void {
-  const file = join(import.meta.dirname, '../golden', name);
+  const file = join(import.meta.dirname!, '../golden', name);
   const held = readFileSync(file, 'utf8');
   const [origin = ''] = held.split('\n', 1);
   if (process.env['EDGEWAY_GOLDEN'] === 'write') writeFileSync(file, `${origin}\n${text}`);
