@@ -176,7 +176,9 @@ export function planPeers(node: NodeState, carrier: Carrier, before: HostState, 
   return steps;
 }
 
-/** A locally administered address of the bridge's own: without one a bridge takes the lowest of its ports' and changes
+/** A locally administered MAC address that belongs to the IP address. An instance that is attached again, or its
+ *  address's next owner, answers to it at once: the host's neighbour entry for the old one would hold for half a minute.
+ *  For the bridge too: without one a bridge takes the lowest of its ports' and changes
  *  it as they come and go, and instances would lose their gateway until they ask for it again. */
 function macOf(address: Ipv4): string {
   const octets = [24, 16, 8, 0].map((shift) => ((address >>> shift) & 255).toString(16).padStart(2, '0'));
@@ -271,7 +273,9 @@ export function planAttach(
     );
   steps.push(
     step(
-      ip(`link add ${hostInterface} mtu ${mtu} type veth peer name ${inner} mtu ${mtu} netns ${netns}`),
+      ip(
+        `link add ${hostInterface} mtu ${mtu} type veth peer name ${inner} address ${macOf(one.namespaceIp)} mtu ${mtu} netns ${netns}`,
+      ),
       ip(`link del ${hostInterface}`),
     ),
     step(ip(`link set ${hostInterface} addrgenmode none`)),
