@@ -5,69 +5,19 @@ import { Prober } from '../../edge/probe.ts';
 import { ipv4 } from '../../src/addr.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { Rng } from '../../src/rng.ts';
+import { closestOn, TOPOLOGIES } from '../sim/closest.ts';
 import { overload } from '../sim/queue.ts';
-import { circle, grid, line, random, sites, split, type Truth } from '../sim/truth.ts';
+import { grid, line } from '../sim/truth.ts';
 import { World } from '../sim/world.ts';
 
 const CART = 'shop.prod.cart.v1' as ServiceId;
 
-// Fifty nodes; ten services of five instances at random places; every node follows three of them and makes a flow
-// every 200 ms, from 3 s after it began to follow.
-const TOPOLOGIES: readonly [string, (seed: number) => Truth][] = [
-  ['sites', (seed) => sites(50, 8, 80, seed)],
-  ['random', (seed) => random(50, 60, 20, seed)],
-  ['line', () => line(50, 3)],
-  ['grid', () => grid(49, 7)],
-  ['circle', () => circle(50, 60)],
-  ['split', () => split(50, 0.8, 30)],
-];
-
 for (const [name, truthOf] of TOPOLOGIES)
   test(`closest on 50 nodes (${name}): the nearest, or within 1 ms of it, in 95 % of flows, never one > 20 % and > 1 ms worse`, () => {
-    let right = 0;
-    let flows = 0;
-    let bad = 0;
-    for (const seed of [1, 2]) {
-      const truth = truthOf(seed);
-      const world = new World({ truth, seed });
-      const nodes = truth.length;
-      const rng = new Rng(seed, 77);
-      const places = new Map<ServiceId, number[]>();
-      world.run(5_000);
-      for (let s = 0; s < 10; s++) {
-        const service = `shop.prod.s${s}.v1` as ServiceId;
-        const placement: number[] = [];
-        while (placement.length < 5) {
-          const node = rng.below(nodes);
-          if (!placement.includes(node)) placement.push(node);
-        }
-        places.set(service, placement);
-        world.service(
-          service,
-          placement,
-          Array.from({ length: nodes }, (_, i) => i).filter(
-            (i) => i % 10 === s || (i + 3) % 10 === s || (i + 7) % 10 === s,
-          ),
-        );
-      }
-      world.run(8_000);
-      world.every(200, 28_000, () => {
-        for (let from = 0; from < nodes; from++)
-          for (const [service, placement] of places) {
-            const to = world.flow(from, service, 'closest');
-            if (to === undefined) continue;
-            const best = Math.min(...placement.map((p) => truth[from]![p]!));
-            const got = truth[from]![to]!;
-            flows++;
-            if (got <= best + 1) right++;
-            if (got > best * 1.2 && got > best + 1) bad++;
-          }
-      });
-      world.run(28_000);
-    }
-    assert.ok(flows > 20_000, `${flows} flows`);
-    assert.ok(right / flows >= 0.95, `right ${right / flows}`);
-    assert.is(bad, 0, `bad ${bad} of ${flows}`);
+    const seen = closestOn(truthOf(1), 1);
+    assert.ok(seen.flows > 5_000, `${seen.flows} flows`);
+    assert.ok(seen.right / seen.flows >= 0.95, `right ${seen.right / seen.flows}`);
+    assert.is(seen.bad, 0, `bad ${seen.bad} of ${seen.flows}`);
   });
 
 test('roundrobin over three instances from three nodes at once stays within 5 % of a third, also while a fourth comes and goes', () => {
@@ -153,7 +103,7 @@ test('when every node is lost the suspects are still tried: a false alarm must n
 // left once one of them is overloaded.
 for (const flowsPerSecond of [150, 240, 270])
   test(`fastest at ${flowsPerSecond} flows/s from 50 clients: an overloaded instance has lost 80 % after 5 s, and nothing swings for 90 s`, () => {
-    for (let seed = 1; seed <= 4; seed++) {
+    for (let seed = 1; seed <= 2; seed++) {
       const seen = overload({ seed, clients: 50, instances: 3, flowsPerSecond, capacityPerSecond: 160 });
       assert.ok(seen.shareElsewhereAfter5s >= 0.8, `seed ${seed}: ${seen.shareElsewhereAfter5s} elsewhere`);
       assert.ok(seen.switches <= 2, `seed ${seed}: ${seen.switches} switches in ${seen.seconds} s`);
