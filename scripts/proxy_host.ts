@@ -17,6 +17,12 @@ type Line =
   | { readonly ask: 'counters' | 'memory' }
   | { readonly stop: true };
 
+/** Octets travel as {"octets":[…]}. */
+function revive(_key: string, value: unknown): unknown {
+  if (typeof value !== 'object' || value === null || !('octets' in value)) return value;
+  return Uint8Array.from(value.octets as number[]);
+}
+
 function say(value: unknown): void {
   process.stdout.write(`${JSON.stringify(value)}\n`);
 }
@@ -29,7 +35,7 @@ function memory(): { rssKb: number; cpuMs: number } {
 
 let loop: PacketLoop | undefined;
 for await (const text of createInterface({ input: process.stdin })) {
-  const line = JSON.parse(text) as Line;
+  const line = JSON.parse(text, revive) as Line;
   if ('config' in line) {
     try {
       loop = await startPacketLoop(line.config, (report) => say({ report }));

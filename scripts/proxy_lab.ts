@@ -39,6 +39,10 @@ function ipBatch(netns: string | undefined, lines: readonly string[]): void {
 
 export const inside = (netns: string, ...argv: string[]): string[] => ['ip', 'netns', 'exec', netns, ...argv];
 
+function octets(_key: string, value: unknown): unknown {
+  return value instanceof Uint8Array ? { octets: [...value] } : value;
+}
+
 export interface LabInstance {
   readonly netns: string;
   readonly host: LabHost;
@@ -102,7 +106,7 @@ export class LabHost {
       if (value.report.kind === 'stopped') ready.reject(new Error(value.report.error ?? 'stopped'));
     });
     child.on('exit', () => ready.reject(new Error(`packet loop ended: ${this.stderr}`)));
-    child.stdin.write(`${JSON.stringify({ config: { ...config, secret: undefined } })}\n`);
+    child.stdin.write(`${JSON.stringify({ config }, octets)}\n`);
     await ready.promise;
     ipBatch(this.netns, [
       `route replace ${formatIpv4(ipv4(SERVICES))}/16 dev ${config.tun} src ${formatIpv4(this.bridge)}`,
@@ -110,7 +114,7 @@ export class LabHost {
   }
 
   send(...commands: ProxyCommand[]): void {
-    this.process?.stdin?.write(`${JSON.stringify({ commands })}\n`);
+    this.process?.stdin?.write(`${JSON.stringify({ commands }, octets)}\n`);
   }
 
   async #ask(what: 'counters' | 'memory'): Promise<Record<string, unknown>> {
@@ -156,8 +160,12 @@ export class ProxyLab {
     ipBatch(name, ['link set lo up']);
   }
 
-  /** Makes the underlay and that many hosts. */
-  up(hosts: number, underlayMtu = 1500): void {
+  /** Makes the underlay and that many hosts. Two hosts may be joined by one veth pair instead of a switch. */
+  up(hosts: number, underlayMtu = 1500, direct = false): void {
+    if (direct) {
+      this.#pair();
+      return;
+    }
     const wire = `${this.prefix}-w`;
     this.#netns(wire);
     ipBatch(wire, ['link add sw type bridge', `link set sw mtu ${underlayMtu} up`]);
@@ -170,18 +178,34 @@ export class ProxyLab {
         `link set p${index} master sw`,
         `link set p${index} up`,
       ]);
-      ipBatch(host.netns, [
-        `addr add ${formatIpv4(host.nodeIp)}/24 dev up0`,
-        'link set up0 up',
-        'link add br0 type bridge',
-        `link set br0 mtu ${MTU_DEFAULT}`,
-        `addr add ${formatIpv4(host.bridge)}/26 dev br0`,
-        'link set br0 up',
-      ]);
-      shell(
-        inside(host.netns, 'sysctl', '-q', '-w', 'net.ipv4.ip_forward=1', 'net.ipv4.conf.all.rp_filter=0'),
-      );
+      this.#dress(host);
     }
+  }
+
+  #pair(): void {
+    const [one, two] = [1, 2].map((index) => {
+      const host = new LabHost(this.prefix, index);
+      this.hosts.push(host);
+      this.#netns(host.netns);
+      return host;
+    }) as [LabHost, LabHost];
+    ipBatch(one.netns, [`link add up0 type veth peer name up0 netns ${two.netns}`]);
+    this.#dress(one);
+    this.#dress(two);
+  }
+
+  /** Addresses, bridge and forwarding of a host whose uplink is there. */
+  #dress(host: LabHost): void {
+    ipBatch(host.netns, [
+      `addr add ${formatIpv4(host.nodeIp)}/24 dev up0`,
+      'link set up0 up',
+      'link add br0 type bridge',
+      `link set br0 mtu ${MTU_DEFAULT}`,
+      `addr add ${formatIpv4(host.bridge)}/26 dev br0`,
+      'link set br0 up',
+    ]);
+    const settings = ['net.ipv4.ip_forward=1', 'net.ipv4.conf.all.rp_filter=0'];
+    shell(inside(host.netns, 'sysctl', '-q', '-w', ...settings));
   }
 
   /** An instance of a service, by number, in a network namespace behind the host's bridge. */
