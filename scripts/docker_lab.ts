@@ -2,7 +2,7 @@
 // network namespace so that its iptables rules and its bridge never meet the host's. It refuses to touch another
 // engine: everything is addressed by our socket and ended by its own pid.
 import { type ChildProcess, spawn } from 'node:child_process';
-import { mkdir, open, readFile, rm, symlink } from 'node:fs/promises';
+import { mkdir, readFile, rm, symlink } from 'node:fs/promises';
 import { setTimeout as pause } from 'node:timers/promises';
 import { hostRunner } from '../edge/io/exec.ts';
 import type { CommandResult } from '../edge/ports.ts';
@@ -49,11 +49,10 @@ export async function startDockerd(netns: string | undefined, dir: string): Prom
   let engine: ChildProcess | undefined;
 
   async function start(): Promise<void> {
-    const log = await open(`${dir}/dockerd.log`, 'a');
-    const [program = '', ...args] = argv;
-    const child = spawn(program, args, { stdio: ['ignore', log.fd, log.fd], detached: true });
+    // The shell opens the log and execs: a descriptor handed to a child is closed twice on one of the runtimes.
+    const shell = ['-c', 'exec "$@" >>"$0" 2>&1', `${dir}/dockerd.log`, ...argv];
+    const child = spawn('sh', shell, { stdio: 'ignore', detached: true });
     engine = child;
-    await log.close();
     const until = performance.now() + READY_LIMIT_MS;
     for (;;) {
       if ((await cli(['version'])).status === 0) return;

@@ -9,16 +9,7 @@
 // lab's ledger before it is used, so that `down` (also of another process, also after kill -9) removes exactly these.
 //   scripts/run scripts/lab.ts up [--lab NAME] [--nodes N] [--runtime node|deno] | down [--lab NAME] | list
 import { type ChildProcess, spawn } from 'node:child_process';
-import {
-  closeSync,
-  existsSync,
-  mkdirSync,
-  openSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  writeFileSync,
-} from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { request } from 'node:http';
 import { dirname, join } from 'node:path';
 import process from 'node:process';
@@ -330,16 +321,15 @@ export class Lab {
     logFile: string,
     env: Record<string, string> = {},
   ): ChildProcess {
-    const out = openSync(logFile, 'a');
-    // `ip netns exec` execs the program, so the child's pid is the program's. A group of its own keeps a terminal's
-    // Ctrl-C away from it: the lab ends its processes itself, in order.
-    const child = spawn('ip', ['netns', 'exec', netns, ...argv], {
-      stdio: ['ignore', out, out],
+    // The shell opens the file and execs: a descriptor handed to a child is closed twice on one of the runtimes.
+    // `ip netns exec` execs too, so the child's pid is the program's. A group of its own keeps a terminal's Ctrl-C
+    // away from it: the lab ends its processes itself, in order.
+    const child = spawn('sh', ['-c', 'exec ip netns exec "$@" >>"$0" 2>&1', logFile, netns, ...argv], {
+      stdio: 'ignore',
       detached: true,
       cwd: root,
       env: { ...process.env, ...env },
     });
-    closeSync(out);
     if (child.pid === undefined) throw new Error(`${argv.join(' ')}: could not be started`);
     this.adopt(child.pid, argv.join(' '));
     return child;
