@@ -22,7 +22,7 @@ import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import { type Descriptor, type Instance, type NetworkConfig, portNumbers } from '../src/model.ts';
 import { parseName, type ServiceId, splitServiceId } from '../src/name.ts';
-import { layoutOf } from '../src/plan.ts';
+import { layoutOf, subnetIndex } from '../src/plan.ts';
 import {
   decodeCoordinate,
   decodeService,
@@ -43,6 +43,7 @@ import { type DeployRequest, parseSubnetwork, type Target } from './api/schema.t
 import type { AgentConfig } from './config.ts';
 import type { Environment } from './host/environment.ts';
 import { NamespaceAddresses } from './ipam.ts';
+import { INGRESS, NorthSouth } from './north_south.ts';
 import type {
   Clock,
   Container,
@@ -110,6 +111,7 @@ interface Registered {
   readonly presence: LeaseKeeper;
   readonly tenure: LeaseKeeper;
   readonly steering: Steering;
+  readonly northSouth: NorthSouth;
 }
 
 /** How long a withdrawal waits that etcd did not take. */
@@ -138,6 +140,8 @@ export class Agent implements NodeControl {
   #stopping = false;
   /** Hosted by the last run and not yet attached again. */
   #resuming: Hosted[] = [];
+  /** What stands for this node's own packets on the wire, once it publishes ports. */
+  #ingress: Instance | undefined;
   /** As last published; goes into the node's record whenever that is written. */
   #position: Position | undefined;
 
@@ -201,6 +205,7 @@ export class Agent implements NodeControl {
       const node = this.#registered;
       this.#registered = undefined;
       if (node === undefined) return;
+      await node.northSouth.stop();
       node.steering.stop();
       await node.presence
         .stop(true)
@@ -452,6 +457,15 @@ export class Agent implements NodeControl {
       await presence.held(limits.READ_YOUR_WRITES_MS);
       const steering = await this.#steer(network, claim, loop, presence);
       undo.push('steering', async () => steering.stop());
+      const northSouth = new NorthSouth({
+        table: this.#parts.table,
+        node: config.node,
+        environment,
+        openIngress: () => this.#openIngress(network, claim, loop, tenure, presence),
+        timers,
+        log: this.#log,
+      });
+      undo.push('published ports', () => northSouth.stop());
 
       const node: Registered = {
         network,
@@ -462,11 +476,13 @@ export class Agent implements NodeControl {
         presence,
         tenure,
         steering,
+        northSouth,
       };
       this.#registered = node;
       // The loop starts empty; everything that is known already is news to it.
       for (const service of this.#parts.table.services()) this.#projectService(node, service.id);
       steering.start();
+      northSouth.update();
       this.#log.info({ node: config.node, subnet: formatCidr(claim.subnet) }, 'registered');
       return node;
     });
@@ -530,6 +546,38 @@ export class Agent implements NodeControl {
       } catch (thrown) {
         this.#warn(`instance ${hosted.instance} of ${hosted.service} is not published again`, thrown);
       }
+    if (this.#ingress !== undefined) await publishInstance(kv, keys, claim.subnet, this.#ingress, lease);
+  }
+
+  /** Makes the node itself a sender: what enters by a published port and leaves for another node carries this
+   *  InstanceIP. Its number is the subnet's, so no two nodes ask for the same. */
+  async #openIngress(
+    network: NetworkConfig,
+    claim: SubnetClaim,
+    loop: PacketLoop,
+    tenure: LeaseKeeper,
+    presence: LeaseKeeper,
+  ): Promise<void> {
+    const { kv, keys, config, nodeIp } = this.#parts;
+    const { node, cluster, ewp, nsp } = config;
+    const instance = unwrap(subnetIndex(network.plan, claim.subnet)) + 1;
+    const lease = await tenure.held(limits.READ_YOUR_WRITES_MS);
+    const { instanceIp } = await claimInstance(kv, keys, network, {
+      service: INGRESS,
+      instance,
+      node,
+      lease,
+    });
+    const namespaceIp = layoutOf(claim.subnet).bridge;
+    const ingress: Instance = {
+      service: INGRESS,
+      ...{ instance, node, cluster, nodeIp, ewp, nsp, namespaceIp, instanceIp },
+      ports: [],
+      epoch: claim.epoch,
+    };
+    loop.send({ kind: 'local', namespaceIp, instanceIp, service: INGRESS });
+    await publishInstance(kv, keys, claim.subnet, ingress, await presence.held(limits.READ_YOUR_WRITES_MS));
+    this.#ingress = ingress;
   }
 
   // ---- instances ----
@@ -687,6 +735,7 @@ export class Agent implements NodeControl {
     for (const service of delta.services) this.#projectService(node, service);
     node.steering.routesChanged(delta.services, delta.nodes.size > 0);
     node.names.changed(delta);
+    node.northSouth.update();
   }
 
   #projectService(node: Registered, id: ServiceId): void {

@@ -187,6 +187,8 @@ export const COMMAND_LIMIT_MS = 20_000;
 export const COMMAND_OUTPUT_MAX = 8 * 1024 * 1024;
 /** One answer of the container engine. */
 export const ENGINE_LIMIT_MS = 10_000;
+/** Pause before ports that could not be published are tried again. */
+export const EXPOSE_RETRY_MS = 1_000;
 /** Node ports of one service: each costs up to two of a transaction's 128 compares, its addresses' seven beside them. */
 export const PORT_MAPPINGS_MAX = 32;
 /** Greatest TCP and UDP port: 16 bits (RFC 9293 §3.1, RFC 768). */

@@ -1,0 +1,182 @@
+// The way in from outside on real agents. The client stands on the switch, outside every node.
+//
+//   client 10.77.0.254 ── n1 10.77.0.1: web 1, neighbour    n2 10.77.0.2: web 2 (later)    n3 10.77.0.3: nothing
+import process from 'node:process';
+import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
+import { Lab, type Runtime, until } from '../../scripts/lab.ts';
+
+const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
+const test = suite('north-south');
+const WEB = 'shop.prod.web.v1';
+const LISTEN = 8123;
+const PORTS = [
+  { source: 8080, destination: LISTEN, protocol: 'tcp' },
+  { source: 5300, destination: LISTEN, protocol: 'udp' },
+];
+
+let lab: Lab;
+let neighbour: string;
+
+const self = (script: string, ...args: string[]): string[] =>
+  runtime === 'deno'
+    ? [process.execPath, 'run', '-A', '--quiet', script, ...args]
+    : [process.execPath, script, ...args];
+
+function descriptor(service: string, more: object) {
+  const [appname, appnamespace, servicename, servicenamespace] = service.split('.');
+  return { appname, appnamespace, servicename, servicenamespace, ...more };
+}
+
+/** Answers of `LABEL CLIENT`; a refused or lost request is an empty string. */
+async function ask(
+  netns: string,
+  protocol: 'tcp' | 'udp',
+  host: string,
+  port: number,
+  count = 1,
+): Promise<string[]> {
+  const { stdout } = await lab.exec(
+    netns,
+    self('test/lab/ask.ts', protocol, host, String(port), 'hello', String(count)),
+    { timeoutMs: 120_000 },
+  );
+  return (JSON.parse(stdout) as { text: string }[]).map(({ text }) =>
+    text.startsWith('error') ? '' : text.replace(/ hello$/, ''),
+  );
+}
+const outside = (protocol: 'tcp' | 'udp', node: number, count = 1) =>
+  ask(lab.switch, protocol, lab.node(node).ip, protocol === 'tcp' ? 8080 : 5300, count);
+const labels = (answers: readonly string[]): string[] =>
+  [...new Set(answers.map((text) => text.split(' ')[0] ?? ''))].sort();
+
+async function deploy(node: number, label: string, service: string, instance: number): Promise<string> {
+  const netns = await lab.addInstance(label);
+  const answer = await lab.api(node, 'POST', '/api/v1/instances', { service, instance, netns });
+  assert.is(answer.status, 200, JSON.stringify(answer.body));
+  lab.spawn(netns, self('test/lab/echo.ts', String(LISTEN), label), `${lab.dir}/${label}.log`);
+  return netns;
+}
+
+test.before(async () => {
+  lab = await Lab.up({ lab: `ewn${process.pid}`, nodes: 3, runtime });
+  try {
+    await lab.startAll();
+    const applied = await lab.api(
+      1,
+      'POST',
+      '/api/v1/services',
+      descriptor(WEB, { exposed: true, ports: PORTS }),
+    );
+    assert.is(applied.status, 200, JSON.stringify(applied.body));
+    assert.equal(applied.body.ports, PORTS);
+    neighbour = await deploy(1, 'neighbour', 'shop.prod.neighbour.v1', 1);
+  } catch (thrown) {
+    for (const node of lab.nodes) console.log(lab.tail(node));
+    await lab.down();
+    throw thrown;
+  }
+});
+test.after(async () => {
+  await lab.down();
+});
+
+test('without an instance nobody answers', async () => {
+  assert.equal(await outside('tcp', 1), ['']);
+});
+
+test('the only instance is reached through its node with the client’s address, and through every other node', async () => {
+  await deploy(1, 'web1', WEB, 1);
+  for (const node of [1, 2, 3])
+    await until(`n${node} publishes`, 10_000, async () =>
+      (await outside('tcp', node))[0] !== '' ? true : undefined,
+    );
+  assert.equal(await outside('tcp', 1), ['web1 10.77.0.254']);
+  assert.equal(await outside('udp', 1), ['web1 10.77.0.254']);
+  for (const node of [2, 3]) {
+    // Another node's InstanceIP: the path through the tunnel does not keep the client's address.
+    assert.match((await outside('tcp', node))[0] ?? '', /^web1 172\.30\.\d+\.\d+$/);
+    assert.match((await outside('udp', node))[0] ?? '', /^web1 172\.30\.\d+\.\d+$/);
+  }
+});
+
+test('hairpin: an instance reaches a published port of its own node, and the node does too', async () => {
+  assert.equal(labels(await ask(neighbour, 'tcp', lab.node(1).ip, 8080)), ['web1']);
+  assert.equal(labels(await ask(neighbour, 'tcp', lab.node(3).ip, 8080)), ['web1']);
+  assert.equal(labels(await ask(lab.node(1).netns, 'tcp', lab.node(1).ip, 8080)), ['web1']);
+  assert.equal(labels(await ask(lab.node(3).netns, 'tcp', lab.node(3).ip, 8080)), ['web1']);
+});
+
+test('a port that is not published, and the overlay’s own addresses, stay closed to the outside', async () => {
+  assert.equal(await ask(lab.switch, 'tcp', lab.node(1).ip, LISTEN), ['']);
+  const { body } = await lab.api(1, 'GET', '/api/v1/instances');
+  const web = body.items.find((one: { service: string }) => one.service === WEB);
+  await lab.exec(lab.switch, ['ip', 'route', 'add', '172.16.0.0/12', 'via', lab.node(1).ip]);
+  assert.equal(await ask(lab.switch, 'tcp', web.namespaceIp, LISTEN), ['']);
+  assert.equal(await ask(lab.switch, 'tcp', web.instanceIp, LISTEN), ['']);
+  await lab.exec(lab.switch, ['ip', 'route', 'del', '172.16.0.0/12']);
+});
+
+test('two instances on two nodes: any node’s port balances over both', async () => {
+  await deploy(2, 'web2', WEB, 2);
+  for (const node of [1, 2, 3]) {
+    await until(`n${node} knows both`, 10_000, async () =>
+      labels(await outside('tcp', node, 4)).join() === 'web1,web2' ? true : undefined,
+    );
+    const answers = await outside('tcp', node, 20);
+    const first = answers.filter((text) => text.startsWith('web1')).length;
+    assert.ok(first >= 6 && first <= 14, `n${node}: ${first} of 20 went to web1: ${answers.join(', ')}`);
+  }
+});
+
+test('another service cannot have the port: an error when it is applied', async () => {
+  const other = descriptor('shop.prod.other.v1', {
+    exposed: true,
+    ports: [{ source: 8080, destination: 1 }],
+  });
+  const answer = await lab.api(2, 'POST', '/api/v1/services', other);
+  assert.is(answer.status, 409);
+  assert.is(answer.body.code, 'port_taken');
+  assert.match(answer.body.message, 'tcp port 8080 leads to service shop.prod.web.v1 already');
+  const bad = await lab.api(
+    2,
+    'POST',
+    '/api/v1/services',
+    descriptor('shop.prod.other.v1', { exposed: true, ports: [{ source: 0, destination: 1 }] }),
+  );
+  assert.is(bad.status, 400);
+});
+
+test('a node whose instance went passes requests on', async () => {
+  const gone = await lab.api(1, 'DELETE', `/api/v1/instances/${WEB}/1`);
+  assert.is(gone.status, 200);
+  await until('only web2 answers', 10_000, async () =>
+    labels(await outside('tcp', 1, 3)).join() === 'web2' ? true : undefined,
+  );
+  assert.equal(await outside('tcp', 2), ['web2 10.77.0.254'], 'at home it sees the client');
+  assert.match((await outside('udp', 1))[0] ?? '', /^web2 172\.30\./);
+});
+
+test('a killed and restarted agent publishes again', async () => {
+  const node = lab.node(3);
+  if (node.agent !== undefined) await lab.end(node.agent, 'SIGKILL');
+  await lab.startAgent(3);
+  await until('n3 publishes again', 15_000, async () =>
+    labels(await outside('tcp', 3)).join() === 'web2' ? true : undefined,
+  );
+});
+
+test('a descriptor that is not exposed any more closes the ports everywhere, and another service may have them', async () => {
+  await lab.api(1, 'POST', '/api/v1/services', descriptor(WEB, { exposed: false, ports: PORTS }));
+  for (const node of [1, 2, 3])
+    await until(`n${node} closes`, 10_000, async () =>
+      (await outside('tcp', node))[0] === '' ? true : undefined,
+    );
+  const other = descriptor('shop.prod.other.v1', {
+    exposed: true,
+    ports: [{ source: 8080, destination: 1 }],
+  });
+  assert.is((await lab.api(2, 'POST', '/api/v1/services', other)).status, 200);
+});
+
+test.run();
