@@ -17,6 +17,7 @@ import type { Kv, LeaseId } from '../coordinator/kv.ts';
 import { keepLease, type LeaseKeeper } from '../coordinator/lease.ts';
 import { type Cidr, formatCidr, formatIpv4, type Ipv4, parseIpv4 } from '../src/addr.ts';
 import { EdgewayError, type ErrorCode, toEdgewayError, unwrap } from '../src/error.ts';
+import { explainInWords } from '../src/explain.ts';
 import type { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
@@ -299,7 +300,14 @@ export class Agent implements NodeControl {
 
   resolve(text: string): { name: string; address: string; instances: InstanceView[] } {
     const { table } = this.#parts;
-    const name = unwrap(parseName(text));
+    const words = (): string | undefined =>
+      explainInWords(
+        text,
+        [...table.services()].map((service) => service.id),
+      );
+    const parsed = parseName(text);
+    if (!parsed.ok) throw new EdgewayError(parsed.error.code, words() ?? parsed.error.message);
+    const name = parsed.value;
     if (!table.synced)
       throw new EdgewayError(
         'coordination_unavailable',
@@ -318,7 +326,7 @@ export class Agent implements NodeControl {
     if (address === undefined)
       throw new EdgewayError(
         'not_found',
-        `"${text}": no service ${name.service} with a ${name.policy} address`,
+        words() ?? `"${text}": no service ${name.service} with a ${name.policy} address`,
       );
     return {
       name: text,

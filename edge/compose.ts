@@ -7,28 +7,25 @@ import process from 'node:process';
 import { serve } from '#serve';
 import { connectEtcd } from '../coordinator/etcd/client.ts';
 import { Keyspace } from '../coordinator/keyspace.ts';
-import { type Cidr, formatIpv4 } from '../src/addr.ts';
+import { formatIpv4 } from '../src/addr.ts';
 import { toEdgewayError } from '../src/error.ts';
 import { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import type { NetworkConfig } from '../src/model.ts';
-import { layoutOf } from '../src/plan.ts';
 import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
-import { Agent, type NameServer, type NeedsOf } from './agent.ts';
+import { Agent } from './agent.ts';
 import { createApp } from './api/app.ts';
+import { restoreResolver, startNames } from './compose_names.ts';
 import { type AgentConfig, parseConfig, type SettingValues } from './config.ts';
 import { Environment } from './host/environment.ts';
 import { findUnderlay } from './host/underlay.ts';
 import { systemClock, systemTimers } from './io/clock.ts';
-import { followResolvConf } from './io/dns_resolvconf.ts';
-import { startDnsServer } from './io/dns_server.ts';
 import { dockerEngine } from './io/docker.ts';
 import { startPrivateEtcd } from './io/etcd_private.ts';
 import { hostRunner } from './io/exec.ts';
 import { hostFiles } from './io/files.ts';
 import { createLogger } from './io/log.ts';
-import { startMdns } from './io/mdns_server.ts';
 import { startPacketLoop } from './io/packet_loop.ts';
 import { hostVitals } from './io/vitals.ts';
 import { RouteFollower } from './routes/follow.ts';
@@ -103,6 +100,8 @@ async function start(
   closers: (() => Promise<void>)[],
 ): Promise<void> {
   await mkdir(config.dataDir, { recursive: true, mode: 0o700 });
+  // What a crash left behind must not stand in the way of finding etcd by name.
+  await restoreResolver(config.dataDir, log);
   const underlay = await findUnderlay(hostRunner, config.nodeIp);
 
   const endpoints = [...config.etcd];
@@ -153,7 +152,8 @@ async function start(
       ...(config.loadFile === undefined ? {} : { loadFile: config.loadFile }),
     }),
     startLoop: startPacketLoop,
-    startNames: (subnet, needsOf) => startNames({ config, table, log, subnet, needsOf }),
+    startNames: (subnet, needsOf) =>
+      startNames({ config, table, log, subnet, needsOf, onLookup: (service) => routes.ask(service) }),
     runtime: runtimeName(),
     version,
   });
@@ -173,36 +173,4 @@ function restore(agent: Agent, log: Logger): void {
     if (error.code === 'coordination_unavailable' || error.code === 'timeout')
       systemTimers.after(RESTORE_RETRY_MS, () => restore(agent, log));
   });
-}
-
-/** DNS on the bridge, and multicast beside it: both or none. */
-async function startNames(options: {
-  readonly config: AgentConfig;
-  readonly table: RouteTable;
-  readonly log: Logger;
-  readonly subnet: Cidr;
-  readonly needsOf: NeedsOf;
-}): Promise<NameServer> {
-  const { config, table, log, subnet, needsOf } = options;
-  const shared = { address: layoutOf(subnet).bridge, table, needsOf, log, clock: systemClock };
-  const upstreams =
-    config.upstreams.length > 0
-      ? () => config.upstreams
-      : followResolvConf({ own: shared.address, clock: systemClock, log });
-  const dns = await startDnsServer({ ...shared, upstreams });
-  if (!config.mdns) return { changed: () => {}, counters: () => dns.counters(), stop: () => dns.stop() };
-  try {
-    const mdns = await startMdns({ ...shared, interface: config.bridge, subnet });
-    return {
-      changed: (delta) => mdns.changed(delta.services),
-      counters: () => ({ ...dns.counters(), ...mdns.counters() }),
-      stop: async () => {
-        await mdns.stop();
-        await dns.stop();
-      },
-    };
-  } catch (thrown) {
-    await dns.stop();
-    throw thrown;
-  }
 }

@@ -4,6 +4,8 @@ import { type Cidr, type Ipv4, parseCidr, parseIpv4 } from '../src/addr.ts';
 import { EdgewayError, unwrap } from '../src/error.ts';
 import { checkId, DEFAULT_ROOT } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
+import { parseServiceId } from '../src/name.ts';
+import { type Alias, parseAliasName } from './resolver/mdns_alias.ts';
 
 /** When the node claims its subnet: when told by `POST /register`, at start, or at start with this one. */
 export type RegisterMode =
@@ -34,6 +36,10 @@ export interface AgentConfig {
   /** Empty: what the host's resolv.conf says. */
   readonly upstreams: readonly string[];
   readonly mdns: boolean;
+  /** Aliases on a LAN; undefined: nothing is said there. */
+  readonly lan?: { readonly interface: string; readonly aliases: readonly Alias[] };
+  /** The host itself asks the resolver. */
+  readonly hostDns: boolean;
   readonly dockerSocket?: string;
   /** Undefined: the underlay interface's MTU − 36. Used only when this node writes the network config. */
   readonly mtu?: number;
@@ -72,6 +78,16 @@ export const SETTINGS = {
   tun: { hint: 'NAME', help: 'TUN interface', default: 'edgeway-tun' },
   upstreams: { hint: 'LIST', help: 'DNS servers for all other names (default: those of resolv.conf)' },
   mdns: { hint: 'on|off', help: 'answer multicast DNS on the bridge', default: 'on' },
+  'mdns-lan': { hint: 'NAME', help: 'interface of a LAN where --mdns-alias names are answered' },
+  'mdns-alias': {
+    hint: 'LIST',
+    help: 'two-label names for exposed services on that LAN: cart.local=appname.appns.servicename.servicens,…',
+  },
+  'host-dns': {
+    hint: 'on|off',
+    help: 'this host itself asks the resolver (systemd-resolved or resolv.conf; put back at the end)',
+    default: 'off',
+  },
   docker: { hint: 'SOCKET', help: 'Docker Engine API socket (default: DOCKER_HOST, then the usual places)' },
   mtu: {
     hint: 'BYTES',
@@ -136,6 +152,7 @@ export function parseConfig(
         | 'bridge'
         | 'tun'
         | 'mdns'
+        | 'host-dns'
         | 'presence-ttl'
         | 'health-commands'
         | 'log-level'
@@ -170,6 +187,12 @@ export function parseConfig(
     if (!parseIpv4(upstream).ok) throw bad('upstreams', upstream, 'must be IPv4 addresses');
   const mdns = value('mdns');
   if (mdns !== 'on' && mdns !== 'off') throw bad('mdns', mdns, 'must be on or off');
+  const hostDns = value('host-dns');
+  if (hostDns !== 'on' && hostDns !== 'off') throw bad('host-dns', hostDns, 'must be on or off');
+  const lan = given('mdns-lan');
+  const aliases = list('mdns-alias').map(parseAlias);
+  if (lan === undefined && aliases.length > 0)
+    throw bad('mdns-alias', given('mdns-alias')!, 'needs --mdns-lan: the interface where it is answered');
   const healthCommands = value('health-commands');
   if (healthCommands !== 'on' && healthCommands !== 'off')
     throw bad('health-commands', healthCommands, 'must be on or off');
@@ -202,6 +225,8 @@ export function parseConfig(
     tun,
     upstreams,
     mdns: mdns === 'on',
+    ...(lan === undefined ? {} : { lan: { interface: lan, aliases } }),
+    hostDns: hostDns === 'on',
     ...(docker === undefined ? {} : { dockerSocket: docker.replace(/^unix:\/\//, '') }),
     ...(mtu === undefined ? {} : { mtu: integer('mtu', mtu, limits.MTU_MIN, limits.MTU_MAX) }),
     // etcd raises shorter leases by itself (minimum 1.5 × election timeout, about 2 s).
@@ -210,6 +235,16 @@ export function parseConfig(
     healthCommands: healthCommands === 'on',
     logLevel,
   });
+}
+
+/** `cart.local=appname.appns.servicename.servicens` */
+function parseAlias(text: string): Alias {
+  const [left = '', right = ''] = text.split('=');
+  const name = parseAliasName(left);
+  if (!name.ok) throw bad('mdns-alias', text, name.error.message);
+  const service = parseServiceId(right);
+  if (!service.ok) throw bad('mdns-alias', text, service.error.message);
+  return { name: name.value, service: service.value };
 }
 
 function address(setting: SettingName, text: string): Ipv4 {

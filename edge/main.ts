@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 // The `edgeway` command: the agent, the coordinator, and the operator's commands. Each is loaded when it is asked
 // for, so that `edgeway get nodes` does not pay for etcd and FFI.
+import process from 'node:process';
 import { type ArgsDef, defineCommand, runMain } from 'citty';
 import packageJson from '../package.json' with { type: 'json' };
 import { SETTINGS, type SettingName } from './config.ts';
@@ -31,6 +32,23 @@ const agentCommand = defineCommand({
   },
 });
 
+const restoreResolverCommand = defineCommand({
+  meta: {
+    name: 'restore-resolver',
+    description: "put the host's resolver set-up back after an agent with --host-dns was killed",
+  },
+  args: { 'data-dir': agentArgs['data-dir']! },
+  async run({ args }) {
+    const { restoreResolver } = await import('./compose_names.ts');
+    const { createLogger } = await import('./io/log.ts');
+    const text = args['data-dir'];
+    const dataDir =
+      typeof text === 'string' ? text : (process.env['EDGEWAY_DATA_DIR'] ?? SETTINGS['data-dir'].default);
+    const restored = await restoreResolver(dataDir, createLogger('info'));
+    console.log(restored ? 'put back' : 'there was nothing to put back');
+  },
+});
+
 await runMain(
   defineCommand({
     meta: { name: 'edgeway', version: packageJson.version, description: packageJson.description },
@@ -46,6 +64,7 @@ await runMain(
       describe: async () => (await commands()).describeCommand,
       watch: async () => (await commands()).watchCommand,
       status: async () => (await commands()).statusCommand,
+      'restore-resolver': restoreResolverCommand,
     },
   }),
 );

@@ -53,6 +53,16 @@ export function explainName(text: string, known: Iterable<ServiceId> = []): Expl
   return { valid: false, faults, problem: parsed.error.message, suggestions: suggest(labels, services) };
 }
 
+/** The same in one paragraph; undefined when there is nothing to say. */
+export function explainInWords(text: string, known: Iterable<ServiceId> = []): string | undefined {
+  const { valid, faults, problem, suggestions } = explainName(text, known);
+  if (problem === undefined) return undefined;
+  const meant = suggestions.length === 0 ? '' : `; perhaps ${suggestions.slice(0, 3).join(' or ')} was meant`;
+  if (valid || faults.length === 0) return problem + meant;
+  const said = faults.map(({ label, rule }) => (label === '' ? rule : `label "${label}": ${rule}`));
+  return `"${text}" is not a name: ${said.join('; ')}${meant}`;
+}
+
 /** Every label that is wrong where it stands, reading from the right, where the fixed parts are. */
 function faultsOf(labels: readonly string[]): readonly Fault[] {
   const faults: Fault[] = [];

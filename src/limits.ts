@@ -156,6 +156,9 @@ export const DNS_TCP_IDLE_MS = 10_000;
 /** Questions of one TCP client that may wait for an answer (RFC 7766 §6.2.1.1 pipelining). */
 export const DNS_TCP_PIPELINE_MAX = 64;
 
+/** How often the host's resolv.conf is looked at while ours stands there. */
+export const HOST_RESOLVER_CHECK_MS = 5_000;
+
 /** Questions of one multicast message that are looked at; real ones carry one to a few. */
 export const MDNS_QUESTIONS_MAX = 32;
 /** Names whose last multicast is remembered, for rate limits and goodbyes: 1,000 services × 3 policies, four times. */

@@ -59,31 +59,32 @@ export function upstreamsOf(sources: ResolvSources, own: Ipv4): readonly string[
   if (servers.some(isStub) && behindStub.length > 0)
     return [...new Set([...servers.filter((server) => !isStub(server)), ...behindStub])];
   if (servers.length > 0) return servers;
-  return listed(readSaved(sources.saved)?.original).filter((server) => !isStub(server));
+  const saved = readSaved(sources.saved);
+  return listed(saved !== undefined && 'path' in saved ? saved.original : undefined).filter(
+    (server) => !isStub(server),
+  );
 }
 
-interface Saved {
-  /** Which file was replaced. */
-  readonly path: string;
-  readonly original: string;
-  readonly written: string;
-}
+/** What must be undone: a file that was replaced, or a link that systemd-resolved was told about. */
+type Saved =
+  | { readonly path: string; readonly original: string; readonly written: string }
+  | { readonly link: string };
 
 function readSaved(text: string | undefined): Saved | undefined {
   if (text === undefined) return undefined;
   try {
-    const value = JSON.parse(text) as Partial<Saved>;
-    if (
-      typeof value.path === 'string' &&
-      typeof value.original === 'string' &&
-      typeof value.written === 'string'
-    )
-      return { path: value.path, original: value.original, written: value.written };
+    const value = JSON.parse(text) as Record<string, unknown> | null;
+    const { path, original, written, link } = value ?? {};
+    if (typeof path === 'string' && typeof original === 'string' && typeof written === 'string')
+      return { path, original, written };
+    if (typeof link === 'string') return { link };
   } catch {
     // written by somebody else, or cut: nothing that could be put back
   }
   return undefined;
 }
+
+const print = (saved: Saved): string => `${JSON.stringify(saved, undefined, 1)}\n`;
 
 export interface HostResolverOptions {
   readonly runner: Runner;
@@ -137,20 +138,18 @@ export async function setUpHostResolver(options: HostResolverOptions): Promise<H
   const current = (await files.read(path)) ?? '';
   const stub = parseResolvConf(current).nameservers.some((server) => RESOLVED_STUBS.includes(server));
   if (stub) {
+    await files.write(options.statePath, print({ link: bridge }));
     for (const argv of resolvedCommands(bridge, address)) {
       const result = await runner.run(argv);
       if (result.status === 0) continue;
-      await runner.run(['resolvectl', 'revert', bridge]);
+      await restoreHostResolver(options);
       throw commandFailed(argv, result);
     }
     log.info({ interface: bridge }, 'systemd-resolved routes our suffixes to the resolver');
     return {
       kind: 'resolved',
       check: async () => {},
-      restore: async () => {
-        // Fails when the link is gone already, and then there is nothing to revert.
-        await runner.run(['resolvectl', 'revert', bridge]);
-      },
+      restore: () => restoreHostResolver(options).then(() => {}),
     };
   }
   await take(options, path, current);
@@ -161,7 +160,14 @@ export async function setUpHostResolver(options: HostResolverOptions): Promise<H
     check: async () => {
       const saved = readSaved(await files.read(options.statePath));
       const now = await files.read(path);
-      if (now === undefined || saved === undefined || now === saved.written || retakes >= RETAKES_MAX) return;
+      if (
+        now === undefined ||
+        saved === undefined ||
+        !('path' in saved) ||
+        now === saved.written ||
+        retakes >= RETAKES_MAX
+      )
+        return;
       retakes++;
       if (retakes === RETAKES_MAX)
         log.warn({ file: path }, 'another program keeps rewriting resolv.conf; it is left alone from now on');
@@ -174,19 +180,24 @@ export async function setUpHostResolver(options: HostResolverOptions): Promise<H
 /** The original is on disk before the file is touched: a crash at any point can be undone. */
 async function take(options: HostResolverOptions, path: string, original: string): Promise<void> {
   const written = hostResolvConf(original, options.address, options.statePath);
-  const saved: Saved = { path, original, written };
-  await options.files.write(options.statePath, `${JSON.stringify(saved, undefined, 1)}\n`);
+  await options.files.write(options.statePath, print({ path, original, written }));
   // In place: resolv.conf may be a symbolic link, or bind-mounted into a namespace.
   await options.files.writeInPlace(path, written);
 }
 
-/** Puts the original resolv.conf back if ours still stands. True when something was put back. Safe at any time. */
+/** Puts back what setUpHostResolver changed, where ours still stands. True when something was. Safe at any time. */
 export async function restoreHostResolver(
-  options: Pick<HostResolverOptions, 'files' | 'statePath' | 'log'>,
+  options: Pick<HostResolverOptions, 'runner' | 'files' | 'statePath' | 'log'>,
 ): Promise<boolean> {
-  const { files, statePath, log } = options;
+  const { runner, files, statePath, log } = options;
   const saved = readSaved(await files.read(statePath));
   if (saved === undefined) return false;
+  if ('link' in saved) {
+    // Fails when the link is gone already, and then there is nothing to revert.
+    const { status } = await runner.run(['resolvectl', 'revert', saved.link]);
+    await files.remove(statePath);
+    return status === 0;
+  }
   const current = await files.read(saved.path);
   const ours = current === saved.written;
   if (ours) await files.writeInPlace(saved.path, saved.original);

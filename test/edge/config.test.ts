@@ -64,4 +64,32 @@ test('parseApiAddress: loopback and unix sockets only', () => {
     );
 });
 
+test('parseConfig reads LAN aliases, and says what is wrong with one', () => {
+  const aliases = 'cart.local=shop.prod.cart.v1,Web.local=shop.prod.web.v1';
+  const config = parseConfig({ 'mdns-lan': 'eth0', 'mdns-alias': aliases, 'host-dns': 'on' }, {}, 'n1');
+  assert.equal(config.lan, {
+    interface: 'eth0',
+    aliases: [
+      { name: 'cart.local', service: 'shop.prod.cart.v1' },
+      { name: 'web.local', service: 'shop.prod.web.v1' },
+    ],
+  });
+  assert.is(config.hostDns, true);
+  const why = (flags: SettingValues): string => {
+    try {
+      parseConfig(flags, {}, 'n1');
+      return 'fine';
+    } catch (error) {
+      return (error as Error).message;
+    }
+  };
+  assert.match(why({ 'mdns-alias': aliases }), 'needs --mdns-lan');
+  assert.match(
+    why({ 'mdns-lan': 'eth0', 'mdns-alias': 'a.cart.local=shop.prod.cart.v1' }),
+    'is not an alias',
+  );
+  assert.match(why({ 'mdns-lan': 'eth0', 'mdns-alias': 'cart.local' }), 'a service has four');
+  assert.match(why({ 'host-dns': 'yes' }), 'must be on or off');
+});
+
 test.run();

@@ -2,7 +2,7 @@ import fc from 'fast-check';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { unwrap } from '../../src/error.ts';
-import { explainName } from '../../src/explain.ts';
+import { explainInWords, explainName } from '../../src/explain.ts';
 import { parseName, parseServiceId, type ServiceId } from '../../src/name.ts';
 
 const id = (text: string): ServiceId => unwrap(parseServiceId(text));
@@ -52,6 +52,18 @@ test('explainName suggests what was probably meant', () => {
   assert.is(best('shop.prod.cart.v1.any.fastes.local'), 'shop.prod.cart.v1.any.fastest.local');
   assert.is(best('shop.prod.cart.v1.2.closest.local'), 'shop.prod.cart.v1.2.fixed.local');
   assert.is(best('shop.prod.cart.v1.any.closest.lcal'), 'shop.prod.cart.v1.any.closest.local');
+});
+
+test('explainInWords says it in one paragraph', () => {
+  assert.is(explainInWords('shop.prod.cart.v1.any.closest.local', KNOWN), undefined);
+  assert.is(
+    explainInWords('shop.prod.cart.v1.2.closest.local', KNOWN),
+    '"shop.prod.cart.v1.2.closest.local" is not a name: label "2": with a policy other than "fixed" stands "any"; perhaps shop.prod.cart.v1.2.fixed.local or shop.prod.cart.v1.any.closest.local was meant',
+  );
+  assert.is(
+    explainInWords('shop.prod.crat.v1.any.closest.local', KNOWN),
+    'the name is well-formed, but this node knows no service shop.prod.crat.v1; perhaps shop.prod.cart.v1.any.closest.local was meant',
+  );
 });
 
 test('explainName suggests only valid names, whatever it is asked', () => {

@@ -103,7 +103,7 @@ test('restoreHostResolver undoes a crash between the two writes, and leaves what
 
 test('restoreHostResolver ignores a state file that is not ours', async () => {
   const host = new Host(PLAIN);
-  for (const text of ['', '{', '[]', 'null', '{"path":1}']) {
+  for (const text of ['', '{', '[]', 'null', '{"path":1}', '{"link":1}']) {
     host.files.set(STATE, text);
     assert.is(await restoreHostResolver(host.options), false, text);
   }
