@@ -57,7 +57,7 @@ export function explainName(text: string, known: Iterable<ServiceId> = []): Expl
 export function explainInWords(text: string, known: Iterable<ServiceId> = []): string | undefined {
   const { valid, faults, problem, suggestions } = explainName(text, known);
   if (problem === undefined) return undefined;
-  const meant = suggestions.length === 0 ? '' : `; perhaps ${suggestions.slice(0, 3).join(' or ')} was meant`;
+  const meant = suggestions.length === 0 ? '' : `; perhaps ${suggestions.slice(0, 2).join(' or ')} was meant`;
   if (valid || faults.length === 0) return problem + meant;
   const said = faults.map(({ label, rule }) => (label === '' ? rule : `label "${label}": ${rule}`));
   return `"${text}" is not a name: ${said.join('; ')}${meant}`;

@@ -62,7 +62,7 @@ test('explainInWords says it in one paragraph', () => {
   );
   assert.is(
     explainInWords('shop.prod.crat.v1.any.closest.local', KNOWN),
-    'the name is well-formed, but this node knows no service shop.prod.crat.v1; perhaps shop.prod.cart.v1.any.closest.local was meant',
+    'the name is well-formed, but this node knows no service shop.prod.crat.v1; perhaps shop.prod.cart.v1.any.closest.local or shop.prod.catalog.v1.any.closest.local was meant',
   );
 });
 
