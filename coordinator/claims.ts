@@ -146,26 +146,31 @@ export async function claimSubnet(
     const claim = index.ok ? await tryIndex(index.value) : undefined;
     if (claim !== undefined) return claim;
   }
-  const order = await candidateOrder(kv, keys, config, owner, wish.seed ?? 0);
-  for (const index of order.slice(0, CLAIM_PROBES)) {
+  const candidates = await findCandidates(kv, keys, config, owner, wish.seed ?? 0);
+  let probes = 0;
+  for (const index of candidates.inOrder()) {
+    if (probes++ === CLAIM_PROBES) break;
     if (tried.has(index)) continue;
     const claim = await tryIndex(index);
     if (claim !== undefined) return claim;
   }
   for (let round = 0; round < CLAIM_TRIES_MAX; round++) {
     const taken = new Set(await kv.keys(keys.prefix('subnets')));
-    const free = order.filter((index) => {
+    const free: number[] = [];
+    for (const index of candidates.inOrder()) {
+      if (free.length === CLAIM_PROBES) break;
       const subnet = subnetAt(plan, index);
-      return avoided(subnet) === undefined && !taken.has(keys.build({ kind: 'subnet', subnet }));
-    });
+      if (!taken.has(keys.build({ kind: 'subnet', subnet })) && avoided(subnet) === undefined)
+        free.push(index);
+    }
     if (free.length === 0)
       throw new EdgewayError(
         'subnets_exhausted',
         `no free node subnet: ${taken.size} of ${subnetCount(plan)} in ${formatCidr(plan.platform)} are claimed` +
           ((wish.avoid?.length ?? 0) > 0 ? ', the others collide with routes of this host' : '') +
-          (order.length < subnetCount(plan) ? ', or belong to blocks of other clusters' : ''),
+          (candidates.count < subnetCount(plan) ? ', or belong to blocks of other clusters' : ''),
       );
-    for (const index of free.slice(0, CLAIM_PROBES)) {
+    for (const index of free) {
       const claim = await tryIndex(index);
       if (claim !== undefined) return claim;
     }
@@ -190,7 +195,7 @@ async function tryClaimSubnet(
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
     const claimed = await kv.txn([{ key, createRevision: 0 }], [put]);
     if (claimed.succeeded) return claimed.revision;
-    const entry = await kv.get(key);
+    const [entry] = claimed.seen;
     if (entry === undefined) continue;
     const holder = decodeSubnet(entry.value);
     // A value that nobody can read is still somebody's claim: the key is what counts.
@@ -221,14 +226,21 @@ async function refuseTwin(kv: Kv, keys: Keys, owner: SubnetOwner, nodeIp: Ipv4 |
     );
 }
 
-/** Subnet indexes that the node may claim, its cluster's blocks first, in an order that depends on the node alone. */
-async function candidateOrder(
+interface Candidates {
+  /** How many there are. */
+  readonly count: number;
+  /** Their indexes, the blocks of the node's cluster first, in an order that depends on the node alone. */
+  inOrder(): IterableIterator<number>;
+}
+
+/** The subnets that a node may claim: those in its cluster's blocks and those in nobody's. */
+async function findCandidates(
   kv: Kv,
   keys: Keys,
-  config: NetworkConfig,
+  { plan }: NetworkConfig,
   owner: SubnetOwner,
   seed: number,
-): Promise<number[]> {
+): Promise<Candidates> {
   const mine: Cidr[] = [];
   const others: Cidr[] = [];
   for (const entry of (await kv.range(keys.prefix('root'))).entries) {
@@ -238,23 +250,46 @@ async function candidateOrder(
     // A block whose owner cannot be read is nobody's to claim from.
     (block.ok && block.value.cluster === owner.cluster ? mine : others).push(key.value.block);
   }
+  const all = subnetCount(plan);
   const first: number[] = [];
-  const rest: number[] = [];
-  for (let index = 0; index < subnetCount(config.plan); index++) {
-    if (mine.length === 0 && others.length === 0) {
-      rest.push(index);
-      continue;
+  let foreign = 0;
+  if (mine.length + others.length > 0)
+    for (let index = 0; index < all; index++) {
+      const subnet = subnetAt(plan, index);
+      if (mine.some((block) => overlaps(block, subnet))) first.push(index);
+      else if (others.some((block) => overlaps(block, subnet))) foreign++;
     }
-    const subnet = subnetAt(config.plan, index);
-    if (mine.some((block) => overlaps(block, subnet))) first.push(index);
-    else if (!others.some((block) => overlaps(block, subnet))) rest.push(index);
+  const blocked = (index: number): boolean => {
+    const subnet = subnetAt(plan, index);
+    return mine.concat(others).some((block) => overlaps(block, subnet));
+  };
+  return {
+    count: all - foreign,
+    *inOrder() {
+      for (const at of strides(first.length, owner, seed)) yield first[at]!;
+      const free = mine.length + others.length === 0;
+      for (const index of strides(all, owner, seed)) if (free || !blocked(index)) yield index;
+    },
+  };
+}
+
+/**
+ * 0 … count-1, each once, in an order of the node's own: another start and another stride for each, as in double
+ * hashing, so that nodes which join together do not race along the same run of taken subnets.
+ */
+function* strides(count: number, owner: SubnetOwner, seed: number): IterableIterator<number> {
+  const text = `${owner.cluster}/${owner.node}`;
+  let stride = count < 3 ? 1 : 1 + (hash32(text, seed ^ 0x5bd1e995) % (count - 1));
+  while (gcd(stride, count) > 1) stride = 1 + (stride % (count - 1));
+  let at = count === 0 ? 0 : hash32(text, seed) % count;
+  for (let i = 0; i < count; i++) {
+    yield at;
+    at = (at + stride) % count;
   }
-  // Each node begins elsewhere, so that nodes which join together do not race for the same subnet.
-  const start = hash32(`${owner.cluster}/${owner.node}`, seed);
-  return [first, rest].flatMap((list) => {
-    const at = list.length === 0 ? 0 : start % list.length;
-    return [...list.slice(at), ...list.slice(0, at)];
-  });
+}
+
+function gcd(a: number, b: number): number {
+  return b === 0 ? a : gcd(b, a % b);
 }
 
 /** Gives a subnet back; it rests before somebody else gets it. Succeeds when it is not the owner's (any more). */

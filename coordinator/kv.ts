@@ -34,6 +34,8 @@ export interface TxnResult {
   readonly succeeded: boolean;
   /** The store's revision after the transaction: what a reader must reach to see it. */
   readonly revision: number;
+  /** What stood under each compared key when the transaction was refused, in their order; empty when it was applied. */
+  readonly seen: readonly (KvEntry | undefined)[];
 }
 
 /** A change seen by a follower. */

@@ -8,6 +8,7 @@ import { parseArgs } from 'node:util';
 import pino from 'pino';
 import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
 import { checkId, DEFAULT_ROOT, Keys } from '../src/keys.ts';
+import { ROLE_TTL_S } from '../src/limits.ts';
 import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
 import { connectEtcd } from './etcd/client.ts';
 import { parseCredentials } from './etcd/credentials.ts';
@@ -26,6 +27,7 @@ const HELP = `edgeway coordinator: holds the root and cluster roles without bein
   --etcd-ca FILE        CA certificate: turns TLS on
   --etcd-cert FILE      client certificate
   --etcd-key FILE       its key
+  --role-ttl SECONDS    lease of the roles: a standby takes over within it (default ${ROLE_TTL_S})
   --log-level LEVEL     trace, debug, info, warn, error (default info)
 `;
 
@@ -40,6 +42,7 @@ const OPTIONS = {
   'etcd-ca': { type: 'string' },
   'etcd-cert': { type: 'string' },
   'etcd-key': { type: 'string' },
+  'role-ttl': { type: 'string' },
   'log-level': { type: 'string' },
   help: { type: 'boolean', short: 'h' },
 } as const;
@@ -58,6 +61,13 @@ async function main(): Promise<void> {
   const cluster = unwrap(checkId('cluster', setting('cluster') ?? 'default'));
   const holder = unwrap(checkId('node', setting('holder') ?? hostname().toLowerCase()));
   const roles = unwrap(parseRoles(setting('roles') ?? 'root,cluster'));
+  const ttlS = Number(setting('role-ttl') ?? ROLE_TTL_S);
+  // etcd raises shorter leases by itself (1.5 × its election timeout).
+  if (!Number.isInteger(ttlS) || ttlS < 2)
+    throw new EdgewayError(
+      'invalid_request',
+      `--role-ttl ${setting('role-ttl')}: must be seconds, 2 or more`,
+    );
   const credentials = parseCredentials(
     {
       user: setting('etcd-user'),
@@ -84,6 +94,7 @@ async function main(): Promise<void> {
     roles,
     cluster,
     network: DEFAULT_NETWORK_CONFIG,
+    ttlS,
   });
   let stopping = false;
   const stop = async (): Promise<void> => {

@@ -34,6 +34,8 @@ interface Revision {
 export class MemoryStore {
   readonly #now: () => number;
   #entries = new Map<string, KvEntry>();
+  /** Keys by their first three segments, so that listing one subtree does not walk all of them. */
+  #subtrees = new Map<string, Set<string>>();
   readonly #leases = new Map<LeaseId, Lease>();
   #history: Revision[] = [];
   #compacted = 0;
@@ -67,7 +69,10 @@ export class MemoryStore {
   range(path: string): { entries: KvEntry[]; revision: number } {
     this.expire();
     const matches = matcher(path);
-    const entries = [...this.#entries.values()].filter((entry) => matches(entry.key));
+    const subtree = subtreeOf(path);
+    const candidates = subtree === undefined ? this.#entries.keys() : (this.#subtrees.get(subtree) ?? []);
+    const entries: KvEntry[] = [];
+    for (const key of candidates) if (matches(key)) entries.push(this.#entries.get(key)!);
     entries.sort((a, b) => (a.key < b.key ? -1 : a.key > b.key ? 1 : 0));
     return { entries, revision: this.#revision };
   }
@@ -113,12 +118,17 @@ export class MemoryStore {
         ? (entry?.createRevision ?? 0) === compare.createRevision
         : (entry?.modRevision ?? 0) === compare.modRevision;
     });
-    if (!holds) return { succeeded: false, revision: this.#revision };
+    if (!holds)
+      return {
+        succeeded: false,
+        revision: this.#revision,
+        seen: compares.map(({ key }) => this.#entries.get(key)),
+      };
     for (const operation of operations)
       if (operation.kind === 'put' && operation.lease !== undefined && !this.#leases.has(operation.lease))
         throw new EdgewayError('lease_lost', `lease ${operation.lease} has ended`);
     this.#apply(operations);
-    return { succeeded: true, revision: this.#revision };
+    return { succeeded: true, revision: this.#revision, seen: [] };
   }
 
   grant(ttlS: number): LeaseId {
@@ -162,6 +172,7 @@ export class MemoryStore {
   /** The store as a member that was wiped or restored empty: revisions begin again. Followers are cut. */
   wipe(): void {
     this.#entries = new Map();
+    this.#subtrees = new Map();
     this.#leases.clear();
     this.#history = [];
     this.#beforeHistory = new Map();
@@ -190,6 +201,7 @@ export class MemoryStore {
         if (old === undefined) continue;
         this.#detach(old);
         this.#entries.delete(operation.key);
+        this.#subtrees.get(subtreeOf(operation.key) ?? '')?.delete(operation.key);
         changes.push({ kind: 'delete', key: operation.key, revision });
         continue;
       }
@@ -204,6 +216,10 @@ export class MemoryStore {
       };
       if (lease !== undefined) this.#leases.get(lease)?.keys.add(key);
       this.#entries.set(key, entry);
+      const subtree = subtreeOf(key) ?? '';
+      const beside = this.#subtrees.get(subtree);
+      if (beside === undefined) this.#subtrees.set(subtree, new Set([key]));
+      else beside.add(key);
       changes.push({ kind: 'put', entry });
     }
     if (changes.length === 0) return;
@@ -338,6 +354,12 @@ export class MemoryKv implements Kv {
       throw new EdgewayError('coordination_unavailable', 'the store does not answer (partitioned)');
     return this.#store;
   }
+}
+
+/** `/a/b/c/` of `/a/b/c/…`; undefined for what has fewer segments. */
+function subtreeOf(path: string): string | undefined {
+  const end = path.indexOf('/', path.indexOf('/', path.indexOf('/', 1) + 1) + 1);
+  return end > 0 && path.split('/', 4).length === 4 ? path.slice(0, end + 1) : undefined;
 }
 
 function matcher(path: string): (key: string) => boolean {

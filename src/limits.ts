@@ -35,8 +35,9 @@ export const RESYNC_PAUSE_MAX_MS = 300;
 export const RANGE_PAGE = 1_000;
 /** Comparing what is held with what etcd holds, by count and newest revision. */
 export const AUDIT_INTERVAL_MS = 600_000;
-/** gRPC keep-alive on the connections to etcd. etcd punishes pings more often than every 5 s. */
-export const PING_INTERVAL_MS = 5_000;
+/** gRPC keep-alive on the connections to etcd. etcd punishes pings more often than every 5 s; a busy machine may bring
+ *  two of them closer together, hence one more second. */
+export const PING_INTERVAL_MS = 6_000;
 export const PING_TIMEOUT_MS = 2_000;
 /** Renewal at a third of the TTL, ±20 % so that a fleet started at once does not renew at once. */
 export const RENEW_FRACTION = 1 / 3;
@@ -64,7 +65,7 @@ export const INTERESTS_MAX = 4_096;
 export const UNOWNED_ADDRESSES_MAX = 1_024;
 
 /** Candidates of a claim that are tried blindly before the list of what is taken is read. */
-export const CLAIM_PROBES = 8;
+export const CLAIM_PROBES = 16;
 
 /** Flows that one agent tracks; 65,536 × about 200 bytes = 13 MB at the very most. */
 export const FLOWS_MAX = 65_536;

@@ -207,9 +207,15 @@ class EtcdKv implements Kv {
               }
             : { request_delete_range: { key: Buffer.from(operation.key) } },
         ),
+        failure: compares.map(({ key }) => ({ request_range: { key: Buffer.from(key) } })),
       }),
     );
-    return { succeeded: response.succeeded, revision: Number(response.header.revision) };
+    const { succeeded } = response;
+    const seen = (response.responses ?? []).map((answer) => {
+      const kv = answer.response_range?.kvs[0];
+      return kv === undefined ? undefined : entryOf(kv);
+    });
+    return { succeeded, revision: Number(response.header.revision), seen: succeeded ? [] : seen };
   }
 
   async grant(ttlS: number): Promise<LeaseId> {

@@ -81,12 +81,22 @@ export function kvSuite(name: string, open: () => Promise<KvUnderTest>): void {
     assert.ok(first.succeeded);
     const second = await kv.txn([{ key: `${at}a`, createRevision: 0 }], [put(`${at}a`, 'x')]);
     assert.not.ok(second.succeeded);
-    assert.equal(await kv.get(`${at}a`), {
+    const entry = await kv.get(`${at}a`);
+    assert.equal(entry, {
       key: `${at}a`,
       value: '1',
       createRevision: first.revision,
       modRevision: first.revision,
     });
+    assert.equal(second.seen, [entry], 'a refusal shows what stood in the way');
+    const third = await kv.txn(
+      [
+        { key: `${at}none`, createRevision: 0 },
+        { key: `${at}a`, modRevision: 1 },
+      ],
+      [],
+    );
+    assert.equal(third.seen, [undefined, entry]);
     assert.is((await kv.get(`${at}b`))?.modRevision, first.revision);
   });
 
