@@ -54,7 +54,7 @@ need_modules() {
 find_runtimes() {
   NODE=""
   local candidate
-  for candidate in "$(command -v node || true)" "$root/node_modules/.bin/node"; do
+  for candidate in "$(command -v node || true)" "$root"/node_modules/node-linux-*/bin/node; do
     [ -n "$candidate" ] && [ -x "$candidate" ] || continue
     if "$candidate" -e 'const [a,b]=process.versions.node.split(".").map(Number);process.exit(a>22||(a===22&&b>=18)?0:1)' 2>/dev/null; then
       NODE="$candidate"
