@@ -43,6 +43,8 @@ const LOST_AFTER_MS = 60_000;
 const EXPLORE_INTERVAL_MS = 1_000;
 const EXPLORE_FIRST_MS = 200;
 const EXPLORE_FIRST_COUNT = 50;
+/** Answers of which the lowest RTT counts: a longer way shows after so many seconds, a shorter one at once. */
+const RECENT = 8;
 /** How long a measured RTT stands before coordinates know better. Paths change rarely, loads do not: see LOAD_FRESH_MS. */
 export const RTT_FRESH_MS = 600_000;
 export const LOAD_FRESH_MS = 5_000;
@@ -119,10 +121,13 @@ export interface PeerView {
 interface State {
   peer: Peer;
   status: Status;
-  /** Smoothed RTT and its mean deviation (RFC 6298 §2), fed with the median of the last three. */
+  /** RTTs of the last answers, newest last. */
+  recent: number[];
+  /** The lowest of them: how far it is. What lies above is queues, and hosts that are busy with something else. */
+  baseMs: number | undefined;
+  /** Smoothed RTT and its mean deviation (RFC 6298 §2): how long to wait for it. */
   rttMs: number | undefined;
   deviationMs: number;
-  recent: number[];
   measuredAt: number;
   coordinate: Coordinate | undefined;
   coordinateAt: number;
@@ -311,8 +316,8 @@ export class Prober {
   view(node: string, nowMs: number): PeerView | undefined {
     const state = this.#peers.get(node);
     if (state === undefined) return undefined;
-    const confirmed = state.rttMs !== undefined && nowMs - state.measuredAt < RTT_FRESH_MS;
-    const rttMs = confirmed ? state.rttMs : this.#estimate(state);
+    const confirmed = state.baseMs !== undefined && nowMs - state.measuredAt < RTT_FRESH_MS;
+    const rttMs = confirmed ? state.baseMs : this.#estimate(state);
     const load = nowMs - state.loadAt < LOAD_FRESH_MS ? state.load : (state.peer.load ?? state.load);
     return {
       status: state.status,
@@ -343,9 +348,10 @@ export class Prober {
   }
 
   #measure(state: State, answer: ProbeAnswer, nowMs: number): void {
-    state.recent.push(answer.rttMs);
-    if (state.recent.length > 3) state.recent.shift();
-    const sample = [...state.recent].sort((a, b) => a - b)[state.recent.length >> 1]!;
+    const sample = answer.rttMs;
+    state.recent.push(sample);
+    if (state.recent.length > RECENT) state.recent.shift();
+    state.baseMs = Math.min(...state.recent);
     if (state.rttMs === undefined) {
       state.rttMs = sample;
       state.deviationMs = sample / 2;
@@ -359,7 +365,7 @@ export class Prober {
     state.coordinate = answer.coordinate;
     if (nowMs - state.coordinateAt < (state.watched ? COORDINATE_SAMPLE_MS : 0)) return;
     state.coordinateAt = nowMs;
-    this.#own.update(state.peer.node, answer.coordinate, answer.rttMs);
+    this.#own.update(state.peer.node, answer.coordinate, sample);
   }
 
   #recover(state: State, nowMs: number): void {
@@ -495,7 +501,7 @@ export class Prober {
         .map((node) => ({ node, state: this.#peers.get(node) }))
         .filter((x): x is { node: string; state: State } => x.state !== undefined)
         .map(({ node, state }) => {
-          const rtt = state.rttMs ?? this.#estimate(state) ?? Number.POSITIVE_INFINITY;
+          const rtt = state.baseMs ?? this.#estimate(state) ?? Number.POSITIVE_INFINITY;
           const lost = state.status === 'suspect' || state.status === 'dead';
           const load = state.load ?? state.peer.load;
           const candidate = {
@@ -544,9 +550,10 @@ function newState(peer: Peer, nowMs: number): State {
   return {
     peer,
     status: 'unknown',
+    recent: [],
+    baseMs: undefined,
     rttMs: undefined,
     deviationMs: 0,
-    recent: [],
     measuredAt: Number.NEGATIVE_INFINITY,
     coordinate: peer.coordinate,
     coordinateAt: Number.NEGATIVE_INFINITY,

@@ -320,7 +320,7 @@ if (wanted('closest') || wanted('roundrobin') || wanted('fastest')) {
       for (let i = 1; i <= 6; i++)
         for (const [name, list] of Object.entries(hosts)) await bench.confirmed(i, name, list.length);
       await wait(8_000);
-      const seen = { flows: 0, right: 0, nearest: 0, bad: 0, failed: 0 };
+      const seen = { flows: 0, right: 0, nearest: 0, bad: 0, failed: 0, wrong: {} as Record<string, number> };
       const count = values.quick ? 20 : 100;
       for (const name of ['s1', 's2', 's3', 's4']) {
         const streams = clients.map((netns) => bench.flows(netns, name, 'closest', 20, count));
@@ -337,6 +337,8 @@ if (wanted('closest') || wanted('roundrobin') || wanted('fastest')) {
             if (verdict.right) seen.right++;
             if (verdict.nearest) seen.nearest++;
             if (verdict.bad) seen.bad++;
+            const way = `${name}: n${i + 1} > ${who}`;
+            if (!verdict.right) seen.wrong[way] = (seen.wrong[way] ?? 0) + 1;
           }
         }
       }
@@ -344,7 +346,7 @@ if (wanted('closest') || wanted('roundrobin') || wanted('fastest')) {
       results['closest_right'] = Math.min(simulated.right, seen.right / seen.flows);
       results['closest_bad'] = simulated.bad + seen.bad;
       progress(
-        `${seen.flows} flows: ${((100 * seen.right) / seen.flows).toFixed(2)} % right, ${seen.bad} bad, ${seen.failed} failed`,
+        `${seen.flows} flows: ${((100 * seen.right) / seen.flows).toFixed(2)} % right, ${seen.bad} bad, ${seen.failed} failed ${JSON.stringify(seen.wrong)}`,
       );
     }
     bench.delayed.setRtts(NEAR_MS);
