@@ -58,6 +58,7 @@ await runMain(
       apply: async () => (await commands()).applyCommand,
       delete: async () => (await commands()).deleteCommand,
       resolve: async () => (await commands()).resolveCommand,
+      explain: async () => (await commands()).explainCommand,
       register: async () => (await commands()).registerCommand,
       attach: async () => (await commands()).attachCommand,
       detach: async () => (await commands()).detachCommand,
