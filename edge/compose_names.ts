@@ -50,6 +50,8 @@ export async function startNames(options: NamesOptions): Promise<NameServer> {
   const address = layoutOf(subnet).bridge;
   const lookup = options.onLookup === undefined ? {} : { onLookup: options.onLookup };
   const shared = { address, table, needsOf, ...lookup, log, clock };
+  // Instances and the host itself; nobody who merely has a route to the bridge.
+  const clients = [subnet];
   const statePath = resolverStatePath(config.dataDir);
   const upstreams =
     config.upstreams.length > 0
@@ -58,7 +60,7 @@ export async function startNames(options: NamesOptions): Promise<NameServer> {
   const counters: (() => Readonly<Record<string, number>>)[] = [];
   const listeners: ((services: ReadonlySet<ServiceId>) => void)[] = [];
   return Undo.guard(log, async (undo) => {
-    const dns = await startDnsServer({ ...shared, upstreams });
+    const dns = await startDnsServer({ ...shared, clients, upstreams });
     undo.push('dns', () => dns.stop());
     counters.push(() => dns.counters());
     if (config.mdns) {

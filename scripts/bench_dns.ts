@@ -2,7 +2,7 @@
 // core, dnsperf on another, loopback. Three figures per runtime: how many queries a second it answers at full load, the
 // 99th percentile of the latency at 20,000 a second, and, while that load and 100 table changes a second go on, how
 // many answers were wrong (an address that was not the name's at any moment between question and answer).
-//   scripts/run scripts/bench_dns.ts [--runtime node|deno] [--seconds N] [--json FILE]
+//   npm run bench -- dns [--runtime node|deno] [--seconds N] [--quick] [--json FILE]
 import { type ChildProcess, spawn } from 'node:child_process';
 import { createSocket } from 'node:dgram';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
@@ -13,8 +13,11 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { decode, encode } from 'dns-packet';
-import { formatIpv4, ipv4 } from '../src/addr.ts';
+import { formatIpv4, ipv4, parseCidr } from '../src/addr.ts';
+import { unwrap } from '../src/error.ts';
+import { layoutOf } from '../src/plan.ts';
 import { POLICIES } from '../src/policy.ts';
+import { Lab, type Runtime, until } from './lab.ts';
 
 const SERVICES = 1_000;
 const RATE = 20_000;
@@ -29,9 +32,10 @@ const { values } = parseArgs({
     runtime: { type: 'string' },
     seconds: { type: 'string', default: '5' },
     json: { type: 'string' },
+    quick: { type: 'boolean', default: false },
   },
 });
-const seconds = Number(values.seconds);
+const seconds = values.quick ? 1 : Number(values.seconds);
 const directory = mkdtempSync(join(tmpdir(), 'edgeway-bench-dns-'));
 const questions = join(directory, 'questions');
 const hosts = join(directory, 'hosts');
@@ -51,6 +55,9 @@ interface Figures {
   readonly updates: number;
   readonly checked: number;
   readonly wrong_answers: number;
+  /** From the request that makes a service to its first answer on each of three nodes. */
+  readonly propagation_p50_ms: number;
+  readonly propagation_max_ms: number;
 }
 
 const addressOf = (service: number, policy: number): string =>
@@ -279,7 +286,9 @@ async function change(
 async function ours(
   runtime: string,
   port: number,
-): Promise<Omit<Figures, 'peer' | 'peer_qps' | 'peer_p99_ms' | 'ratio'>> {
+): Promise<
+  Omit<Figures, 'peer' | 'peer_qps' | 'peer_p99_ms' | 'ratio' | 'propagation_p50_ms' | 'propagation_max_ms'>
+> {
   const file = join(import.meta.dirname, 'bench_dns_server.ts');
   const argv =
     runtime === 'deno'
@@ -308,16 +317,67 @@ async function ours(
   }
 }
 
+/** New services on real agents: how long until every node that asks for them answers. */
+async function propagation(
+  runtime: Runtime,
+): Promise<Pick<Figures, 'propagation_p50_ms' | 'propagation_max_ms'>> {
+  const count = values.quick ? 5 : 20;
+  const lab = await Lab.up({ nodes: 3, runtime });
+  try {
+    await lab.startAll();
+    const nameOf = (i: number): string => `app.ns.new${i}.v1.any.closest.local`;
+    const names = Array.from({ length: count }, (_, i) => nameOf(i));
+    const watchers: { readonly child: ChildProcess; readonly seen: Promise<Record<string, number>> }[] = [];
+    for (const index of [1, 2, 3]) {
+      const subnet = await until(`node ${index} has a subnet`, 20_000, async () => {
+        const { body } = await lab.api(index, 'GET', '/api/v1/status');
+        return (body.subnet as string | null) ?? undefined;
+      });
+      const bridge = formatIpv4(layoutOf(unwrap(parseCidr(subnet))).bridge);
+      const script = join(import.meta.dirname, 'bench_dns_watch.ts');
+      const node = [process.execPath, '--disable-warning=ExperimentalWarning', script];
+      const child = start(['ip', 'netns', 'exec', lab.node(index).netns, ...node, bridge, '60000', ...names]);
+      const lines = createInterface({ input: child.stdout! })[Symbol.asyncIterator]();
+      await lines.next();
+      watchers.push({ child, seen: lines.next().then(({ value }) => JSON.parse(String(value))) });
+    }
+    // By now every node has asked for each of them and follows what it was told there is not.
+    await sleep(1_000);
+    const made: number[] = [];
+    for (let i = 0; i < count; i++) {
+      const [appname, appnamespace, servicename, servicenamespace] = nameOf(i).split('.');
+      made.push(Date.now());
+      const body = { appname, appnamespace, servicename, servicenamespace };
+      const { status } = await lab.api(1, 'POST', '/api/v1/services', body);
+      if (status !== 200) throw new Error(`a service was refused with ${status}`);
+      await sleep(50);
+    }
+    const delays: number[] = [];
+    for (const { seen } of watchers) {
+      const first = await seen;
+      for (let i = 0; i < count; i++) delays.push((first[nameOf(i)] ?? Number.POSITIVE_INFINITY) - made[i]!);
+    }
+    delays.sort((a, b) => a - b);
+    return { propagation_p50_ms: delays[delays.length >> 1]!, propagation_max_ms: delays.at(-1)! };
+  } finally {
+    await lab.down();
+  }
+}
+
 try {
   writeInputs();
   // Below the range of outgoing ports, and of this process alone.
   const port = 20_000 + (process.pid % 5_000) * 2;
   const results: Figures[] = [];
-  for (const runtime of values.runtime === undefined ? ['node', 'deno'] : [values.runtime]) {
+  const runtimes: readonly Runtime[] =
+    values.runtime === undefined ? ['node', 'deno'] : [values.runtime === 'deno' ? 'deno' : 'node'];
+  for (const runtime of runtimes) {
     const { peer_qps, peer_p99_ms } = await peer(port);
     const own = await ours(runtime, port + 1);
+    const spread = await propagation(runtime);
     const figures: Figures = {
       ...own,
+      ...spread,
       peer: 'dnsmasq',
       peer_qps,
       peer_p99_ms,
@@ -325,7 +385,7 @@ try {
     };
     results.push(figures);
     console.log(
-      `${runtime.padEnd(5)} ${figures.qps} q/s per core, dnsmasq ${peer_qps} (ratio ${figures.ratio}) · at ${figures.rate} q/s p50 ${figures.p50_ms} ms, p99 ${figures.p99_ms} ms (dnsmasq ${figures.peer_p99_ms}) · ${figures.updates} updates, ${figures.checked} answers checked, ${figures.wrong_answers} wrong, ${figures.lost} lost`,
+      `${runtime.padEnd(5)} ${figures.qps} q/s per core, dnsmasq ${peer_qps} (ratio ${figures.ratio}) · at ${figures.rate} q/s p50 ${figures.p50_ms} ms, p99 ${figures.p99_ms} ms (dnsmasq ${figures.peer_p99_ms}) · ${figures.updates} updates, ${figures.checked} answers checked, ${figures.wrong_answers} wrong, ${figures.lost} lost · a new name on 3 nodes after ${figures.propagation_p50_ms} ms (median), ${figures.propagation_max_ms} ms (worst)`,
     );
   }
   if (values.json !== undefined)

@@ -205,7 +205,8 @@ function postrouting(node: NodeState): Lines {
         ]),
     '# Hairpin: an instance that dials a published port of its own node.',
     `oifname "${node.bridge}" ip saddr ${subnet} ct status dnat snat ip to ${gateway}`,
-    `ip saddr ${subnet} oifname != ${setOf(ownLinks(node))} masquerade`,
+    // Not on loopback: the host asking its own bridge would seem to come from another of its addresses.
+    `ip saddr ${subnet} oifname != ${setOf([...ownLinks(node), 'lo'])} masquerade`,
   ]);
 }
 

@@ -33,6 +33,7 @@ import { createForwarder, frame } from './dns_upstream.ts';
 
 /** An error answer that repeats no question. */
 const HEADER_ONLY = 12;
+const TELL_EVERY_MS = 1_000;
 const TCP_MESSAGE_MAX = 65_535; // RFC 1035 §4.2.2: the length has two octets
 
 export interface DnsServerOptions {
@@ -44,7 +45,8 @@ export interface DnsServerOptions {
   /** Servers for everything that is not ours, in order: `address`, `address:port`, `[ipv6]:port`. */
   readonly upstreams: () => readonly string[];
   /**
-   * Told every valid name that is asked for, known or not. When it returns a promise, an unknown service waits for
+   * Told every valid name that is asked for, known or not (a known one that is asked again and again, once a second).
+   * When it returns a promise, an unknown service waits for
    * it (at most DNS_LOOKUP_WAIT_MS) and is looked up once more; a promise that rejects or lasts longer is SERVFAIL.
    */
   readonly onLookup?: (service: ServiceId) => void | Promise<void>;
@@ -185,8 +187,13 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
       const { service } = held.name;
       const needs = needsOf?.(source);
       if (needs === undefined || needs.includes(service)) {
-        const wait = onLookup?.(service);
-        if (wait === undefined || held.kind === 'answer' || held.kind === 'nodata') {
+        // Told once a second at most: who counts the uses of a service counts in minutes.
+        const now = clock.monotonicMs();
+        const isFound = held.kind === 'answer' || held.kind === 'nodata';
+        const isTold = isFound && now - held.toldMs < TELL_EVERY_MS;
+        if (!isTold) held.toldMs = now;
+        const wait = isTold ? undefined : onLookup?.(service);
+        if (wait === undefined || isFound) {
           counters['fast']!++;
           count(held.kind);
           // A copy: the socket may still hold the last one when the next asker's id is written.

@@ -19,6 +19,8 @@ export interface FastAnswer {
   readonly reply: Buffer;
   /** Counter to bump. */
   readonly kind: string;
+  /** When the service's use was last told; the caller's clock. */
+  toldMs: number;
 }
 
 export class FastAnswers {
@@ -49,6 +51,13 @@ export class FastAnswers {
   }
 
   set(key: string, name: Name, kind: string, reply: Buffer): void {
-    this.#held.set(key, { name, ...sourceOf(name, this.#table), synced: this.#table.synced, reply, kind });
+    this.#held.set(key, {
+      name,
+      ...sourceOf(name, this.#table),
+      synced: this.#table.synced,
+      reply,
+      kind,
+      toldMs: Number.NEGATIVE_INFINITY,
+    });
   }
 }
