@@ -500,6 +500,14 @@ export class Lab {
   }
 }
 
+/** Mount points below a directory, in the order they were made. */
+function mountsBelow(dir: string): string[] {
+  const points = readFileSync('/proc/self/mounts', 'utf8')
+    .split('\n')
+    .map((line) => line.split(' ')[1] ?? '');
+  return points.filter((point) => point.startsWith(`${dir}/`));
+}
+
 /** Ends and removes what the ledger names, and nothing else; succeeds when things are gone already. */
 async function removeAll(ledger: Ledger): Promise<void> {
   const alive = (entry: LedgerProcess): boolean => startTime(entry.pid) === entry.started;
@@ -533,6 +541,8 @@ async function removeAll(ledger: Ledger): Promise<void> {
   await until('processes end', 5_000, gone);
   for (const netns of ledger.namespaces.toReversed())
     if (existsSync(`/run/netns/${netns}`)) await must(['ip', 'netns', 'delete', netns]);
+  // An engine that was ended in a hurry leaves mounts below its directory.
+  for (const mount of mountsBelow(ledger.dir).toReversed()) await must(['umount', mount]);
   for (const file of ledger.files) rmSync(file, { recursive: true, force: true });
   rmSync(ledger.dir, { recursive: true, force: true });
   rmSync(Lab.ledgerOf(ledger.lab), { force: true });
