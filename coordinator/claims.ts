@@ -29,6 +29,7 @@ import {
 import type { ServiceId } from '../src/name.ts';
 import {
   isServiceAddress,
+  type Plan,
   serviceAddressAt,
   serviceAddressCount,
   subnetAt,
@@ -155,20 +156,12 @@ export async function claimSubnet(
     if (claim !== undefined) return claim;
   }
   for (let round = 0; round < CLAIM_TRIES_MAX; round++) {
-    const taken = new Set(await kv.keys(keys.prefix('subnets')));
-    const free: number[] = [];
-    for (const index of candidates.inOrder()) {
-      if (free.length === CLAIM_PROBES) break;
-      const subnet = subnetAt(plan, index);
-      if (!taken.has(keys.build({ kind: 'subnet', subnet })) && avoided(subnet) === undefined)
-        free.push(index);
-    }
+    const free = await findFree(kv, keys, plan, candidates, owner, round, avoided);
     if (free.length === 0)
       throw new EdgewayError(
         'subnets_exhausted',
-        `no free node subnet: ${taken.size} of ${subnetCount(plan)} in ${formatCidr(plan.platform)} are claimed` +
-          ((wish.avoid?.length ?? 0) > 0 ? ', the others collide with routes of this host' : '') +
-          (candidates.count < subnetCount(plan) ? ', or belong to blocks of other clusters' : ''),
+        `no free node subnet: all ${candidates.count} of ${subnetCount(plan)} in ${formatCidr(plan.platform)} that this node may claim are claimed` +
+          ((wish.avoid?.length ?? 0) > 0 ? ', or collide with routes of this host' : ''),
       );
     for (const index of free) {
       const claim = await tryIndex(index);
@@ -226,9 +219,50 @@ async function refuseTwin(kv: Kv, keys: Keys, owner: SubnetOwner, nodeIp: Ipv4 |
     );
 }
 
+/** Keys per look: what is taken near full comes to a few looks instead of one list of the whole plan. */
+const LOOK = 1_000;
+/** Subnet keys of a plan in key order, with their indexes: 15,360 strings, made once. */
+const keysOfPlan = new WeakMap<Plan, readonly { readonly key: string; readonly index: number }[]>();
+
+/** Some subnets that are free now, looked for from another place by each node and round; none: there is none. */
+async function findFree(
+  kv: Kv,
+  keys: Keys,
+  plan: Plan,
+  candidates: Candidates,
+  owner: SubnetOwner,
+  round: number,
+  avoided: (subnet: Cidr) => Cidr | undefined,
+): Promise<number[]> {
+  let sorted = keysOfPlan.get(plan);
+  if (sorted === undefined || sorted[0]?.key.startsWith(keys.prefix('subnets')) !== true) {
+    sorted = Array.from({ length: subnetCount(plan) }, (_, index) => ({
+      key: keys.build({ kind: 'subnet', subnet: subnetAt(plan, index) }),
+      index,
+    })).sort((a, b) => (a.key < b.key ? -1 : 1));
+    keysOfPlan.set(plan, sorted);
+  }
+  const free: number[] = [];
+  let at = hash32(`${owner.cluster}/${owner.node}`, round) % sorted.length;
+  for (let seen = 0; seen < sorted.length && free.length === 0; ) {
+    const taken = await kv.keys(keys.prefix('subnets'), { from: sorted[at]!.key, limit: LOOK });
+    const held = new Set(taken);
+    const last = taken.length < LOOK ? undefined : taken.at(-1);
+    for (; at < sorted.length && seen < sorted.length && free.length < CLAIM_PROBES; at++, seen++) {
+      const { key, index } = sorted[at]!;
+      if (last !== undefined && key > last) break;
+      if (!held.has(key) && candidates.may(index) && avoided(subnetAt(plan, index)) === undefined)
+        free.push(index);
+    }
+    if (at === sorted.length) at = 0;
+  }
+  return free;
+}
+
 interface Candidates {
   /** How many there are. */
   readonly count: number;
+  may(index: number): boolean;
   /** Their indexes, the blocks of the node's cluster first, in an order that depends on the node alone. */
   inOrder(): IterableIterator<number>;
 }
@@ -265,6 +299,12 @@ async function findCandidates(
   };
   return {
     count: all - foreign,
+    may: (index) => {
+      const subnet = subnetAt(plan, index);
+      return (
+        !others.some((block) => overlaps(block, subnet)) || mine.some((block) => overlaps(block, subnet))
+      );
+    },
     *inOrder() {
       for (const at of strides(first.length, owner, seed)) yield first[at]!;
       const free = mine.length + others.length === 0;

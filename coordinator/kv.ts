@@ -63,6 +63,12 @@ export interface FollowListener {
   live(live: boolean): void;
 }
 
+export interface KeyWindow {
+  /** Inclusive. */
+  readonly from: string;
+  readonly limit: number;
+}
+
 export interface KvAudit {
   readonly count: number;
   /** Highest modRevision among the entries; 0 when there are none. */
@@ -73,8 +79,11 @@ export interface Kv {
   get(key: string): Promise<KvEntry | undefined>;
   /** All entries of the path, in key order, at one revision. */
   range(path: string): Promise<{ readonly entries: readonly KvEntry[]; readonly revision: number }>;
-  /** The keys of the path without their values, in key order: a cheap look at what is taken. */
-  keys(path: string): Promise<readonly string[]>;
+  /**
+   * The keys of the path without their values, in key order: a cheap look at what is taken. `window`: only those from
+   * a key on, at most so many.
+   */
+  keys(path: string, window?: KeyWindow): Promise<readonly string[]>;
   /** How the path looked at a revision, for comparing with what a follower holds. Undefined: compacted away. */
   audit(path: string, revision: number): Promise<KvAudit | undefined>;
   /**

@@ -7,6 +7,7 @@ import {
   endOfPath,
   type Follower,
   type FollowListener,
+  type KeyWindow,
   type Kv,
   type KvAudit,
   type KvBatch,
@@ -269,10 +270,12 @@ export class MemoryKv implements Kv {
   async range(path: string): Promise<{ entries: readonly KvEntry[]; revision: number }> {
     return this.#reach().range(path);
   }
-  async keys(path: string): Promise<readonly string[]> {
-    return this.#reach()
+  async keys(path: string, window?: KeyWindow): Promise<readonly string[]> {
+    const keys = this.#reach()
       .range(path)
       .entries.map(({ key }) => key);
+    if (window === undefined) return keys;
+    return keys.filter((key) => key >= window.from).slice(0, window.limit);
   }
   async audit(path: string, revision: number): Promise<KvAudit | undefined> {
     return this.#reach().audit(path, revision);

@@ -27,7 +27,7 @@ export function fencedKv(kv: Kv, fence: Compare, onFenced: () => void): Kv {
   return {
     get: (key) => kv.get(key),
     range: (path) => kv.range(path),
-    keys: (path) => kv.keys(path),
+    keys: (path, window) => kv.keys(path, window),
     audit: (path, revision) => kv.audit(path, revision),
     txn,
     grant: (ttlS) => kv.grant(ttlS),

@@ -65,7 +65,7 @@ export const INTERESTS_MAX = 4_096;
 export const UNOWNED_ADDRESSES_MAX = 1_024;
 
 /** Candidates of a claim that are tried blindly before the list of what is taken is read. */
-export const CLAIM_PROBES = 16;
+export const CLAIM_PROBES = 12;
 
 /** Flows that one agent tracks; 65,536 × about 200 bytes = 13 MB at the very most. */
 export const FLOWS_MAX = 65_536;

@@ -29,6 +29,7 @@ import {
   endOfPath,
   type Follower,
   type FollowListener,
+  type KeyWindow,
   type Kv,
   type KvAudit,
   type KvChange,
@@ -149,7 +150,12 @@ class EtcdKv implements Kv {
     return { entries: kvs.map(entryOf), revision };
   }
 
-  async keys(path: string): Promise<readonly string[]> {
+  async keys(path: string, window?: KeyWindow): Promise<readonly string[]> {
+    if (window !== undefined) {
+      const range = { ...rangeOf(path), key: Buffer.from(window.from), limit: window.limit, keys_only: true };
+      const { kvs } = await this.#read(() => this.#requests.kv.range(range));
+      return kvs.map(({ key }) => key.toString());
+    }
     const { kvs } = await this.#list(path, true);
     return kvs.map(({ key }) => key.toString());
   }

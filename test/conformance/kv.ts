@@ -158,6 +158,8 @@ export function kvSuite(name: string, open: () => Promise<KvUnderTest>): void {
       await kv.keys(at),
       entries.map(({ key }) => key),
     );
+    assert.equal(await kv.keys(at, { from: `${at}00010`, limit: 2 }), [`${at}00010`, `${at}00011`]);
+    assert.equal(await kv.keys(at, { from: `${at}02299x`, limit: 2 }), []);
     assert.is((await kv.range(`${at}00007`)).entries.length, 1, 'without a slash: exactly that key');
   });
 

@@ -173,7 +173,7 @@ test('claimSubnet: all of a plan can be claimed by racing nodes, none twice, and
   );
   assert.is(new Set(claims.map(({ subnet }) => subnet.base)).size, count);
   const error = await rejectsWith('subnets_exhausted', () => claimSubnet(kv, keys, small, owner('late')));
-  assert.match(error.message, '48 of 48 in 10.0.0.0/20 are claimed');
+  assert.match(error.message, 'all 48 of 48 in 10.0.0.0/20');
 });
 
 test('claimSubnet refuses a second live host with the same node id', async () => {
