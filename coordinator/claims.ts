@@ -49,6 +49,7 @@ import {
   descriptorId,
   encodeAddress,
   encodeConfig,
+  encodeExposed,
   encodeInstance,
   encodeNode,
   encodePort,
@@ -413,6 +414,8 @@ export async function applyService(
     operations.push(...ports.operations);
     const service: Service = { id, descriptor, addresses };
     const value = encodeService(service);
+    const exposed = await exposure(kv, keys, id, descriptor.exposed);
+    if (exposed !== undefined) operations.push(exposed);
     if (entry !== undefined && operations.length === 0 && entry.value === value)
       return { service, revision: entry.modRevision };
     operations.push({ kind: 'put', key, value });
@@ -420,6 +423,18 @@ export async function applyService(
     if (result.succeeded) return { service, revision: result.revision };
   }
   throw conflict(key);
+}
+
+/** What brings the service's entry among the exposed ones up to date; undefined when it is. */
+async function exposure(
+  kv: Kv,
+  keys: Keys,
+  service: ServiceId,
+  wanted: boolean,
+): Promise<Operation | undefined> {
+  const key = keys.build({ kind: 'exposed', service });
+  if (((await kv.get(key)) !== undefined) === wanted) return undefined;
+  return wanted ? { kind: 'put', key, value: encodeExposed() } : { kind: 'delete', key };
 }
 
 /**
@@ -470,6 +485,8 @@ export async function deleteService(
     }
     const compares: Compare[] = [{ key, modRevision: entry.modRevision }];
     const operations: Operation[] = [{ kind: 'delete', key }];
+    const exposed = await exposure(kv, keys, id, false);
+    if (exposed !== undefined) operations.push(exposed);
     const known = decodeService(entry.value, id);
     for (const policy of POLICIES) {
       const address = known.ok ? known.value.addresses[policy] : undefined;

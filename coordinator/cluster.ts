@@ -28,12 +28,12 @@ export function decideCluster(
   unreadable: ReadonlySet<string>,
 ): ClusterDecision {
   const actions: Action[] = [];
-  const recordKey = keys.build({ kind: 'cluster', cluster });
-  if (view.get('cluster', recordKey) === undefined && !unreadable.has(recordKey))
+  const ownKey = keys.build({ kind: 'cluster', cluster });
+  if (view.get('cluster', ownKey) === undefined && !unreadable.has(ownKey))
     actions.push({
       why: `ask for admission of cluster ${cluster}`,
-      compares: [{ key: recordKey, createRevision: 0 }],
-      operations: [{ kind: 'put', key: recordKey, value: encodeCluster({ cluster, admitted: false }) }],
+      compares: [{ key: ownKey, createRevision: 0 }],
+      operations: [{ kind: 'put', key: ownKey, value: encodeCluster({ cluster, admitted: false }) }],
     });
 
   const plan = view.get('config', keys.build({ kind: 'config' }))?.value.plan;
@@ -52,7 +52,20 @@ export function decideCluster(
         owner.resting !== true
       );
     });
-    if (!sound) complete.push(service.id);
+    const exposed = view.get('exposed', keys.build({ kind: 'exposed', service: service.id })) !== undefined;
+    if (!sound || exposed !== service.descriptor.exposed) complete.push(service.id);
+  }
+  for (const [key, { key: parsed, modRevision }] of view.all('exposed')) {
+    const recordKey = keys.build({ kind: 'service', service: parsed.service });
+    if (view.get('service', recordKey) !== undefined || unreadable.has(recordKey)) continue;
+    actions.push({
+      why: `forget that ${parsed.service}, which is gone, was exposed`,
+      compares: [
+        { key, modRevision },
+        { key: recordKey, createRevision: 0 },
+      ],
+      operations: [{ kind: 'delete', key }],
+    });
   }
 
   for (const [key, { value: owner, modRevision, lease, key: parsed }] of view.all('address')) {

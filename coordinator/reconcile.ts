@@ -53,7 +53,7 @@ export interface ReconcilerOptions {
 
 const PATHS = {
   root: ['config', 'root', 'clusters', 'subnets'],
-  cluster: ['config', 'clusters', 'services', 'addresses', 'instances', 'nodes'],
+  cluster: ['config', 'clusters', 'services', 'exposed', 'addresses', 'instances', 'nodes'],
 } as const;
 
 export class Reconciler {

@@ -18,6 +18,8 @@ export type Key =
   | { readonly kind: 'subnet'; readonly subnet: Cidr }
   | { readonly kind: 'node'; readonly cluster: string; readonly node: string }
   | { readonly kind: 'service'; readonly service: ServiceId }
+  /** Says that a service is exposed, so that every node can publish its ports without following all services. */
+  | { readonly kind: 'exposed'; readonly service: ServiceId }
   | { readonly kind: 'address'; readonly address: Ipv4 }
   | { readonly kind: 'instance'; readonly service: ServiceId; readonly instance: number }
   /** A port that every node publishes. */
@@ -42,6 +44,7 @@ export type Subtree =
   | 'subnets'
   | 'nodes'
   | 'services'
+  | 'exposed'
   | 'addresses'
   | 'instances'
   | 'ports';
@@ -83,6 +86,8 @@ export class Keys {
         return `${this.root}/nodes/${key.cluster}/${key.node}`;
       case 'service':
         return `${this.root}/services/${key.service}`;
+      case 'exposed':
+        return `${this.root}/exposed/${key.service}`;
       case 'address':
         return `${this.root}/addresses/${formatIpv4(key.address)}`;
       case 'instance':
@@ -121,10 +126,11 @@ export class Keys {
       if (rest.length !== 2 || b === undefined || !ID_PATTERN.test(a) || !ID_PATTERN.test(b)) return foreign;
       return ok({ kind: 'node', cluster: a, node: b });
     }
-    if (subtree === 'services') {
+    if (subtree === 'services' || subtree === 'exposed') {
       if (rest.length !== 1) return foreign;
       const service = parseServiceId(a);
-      return service.ok && service.value === a ? ok({ kind: 'service', service: service.value }) : foreign;
+      if (!service.ok || service.value !== a) return foreign;
+      return ok({ kind: subtree === 'services' ? 'service' : 'exposed', service: service.value });
     }
     if (subtree === 'addresses') {
       if (rest.length !== 1) return foreign;

@@ -443,6 +443,15 @@ export function decodeCluster(text: string): Result<Cluster> {
   return strip(decode(clusterSchema, text));
 }
 
+/** The key says it all. */
+export function encodeExposed(): string {
+  return print({});
+}
+export function decodeExposed(text: string): Result<Record<string, never>> {
+  const read = decode(v.object(versionEntry), text);
+  return read.ok ? ok({}) : read;
+}
+
 /** What the value under each kind of key says. */
 export interface RecordValues {
   readonly config: NetworkConfig;
@@ -453,6 +462,7 @@ export interface RecordValues {
   readonly subnet: SubnetOwner;
   readonly node: Node;
   readonly service: Service;
+  readonly exposed: Record<string, never>;
   readonly address: AddressOwner;
   readonly instance: Instance;
   readonly port: PortOwner;
@@ -496,6 +506,8 @@ export function decodeRecord(key: Key, text: string): Result<KeyRecord> {
       );
     case 'service':
       return record({ kind: key.kind, key }, decodeService(text, key.service));
+    case 'exposed':
+      return record({ kind: key.kind, key }, decodeExposed(text));
     case 'address':
       return record({ kind: key.kind, key }, decodeAddress(text));
     case 'instance':

@@ -97,6 +97,8 @@ export class RouteFollower {
   readonly #recent = new Set<number>();
   readonly #options: InterestOptions | undefined;
   readonly #interest: Interest | undefined;
+  #declared: ReadonlySet<ServiceId> = new Set();
+  readonly #exposed = new Set<ServiceId>();
   /** Node paths that the instances of a service are on, and how many services want each. */
   readonly #nodesOf = new Map<ServiceId, ReadonlySet<string>>();
   readonly #nodeUsers = new Map<string, number>();
@@ -121,7 +123,10 @@ export class RouteFollower {
     if (this.#interest === undefined)
       for (const subtree of ['nodes', 'services', 'instances'] as const)
         this.keyspace.follow(options.keys.prefix(subtree));
-    else this.#armExpiry();
+    else {
+      this.keyspace.follow(options.keys.prefix('exposed'));
+      this.#armExpiry();
+    }
   }
 
   /** True while everything that is followed is whole and watched. The table stays valid either way. */
@@ -149,9 +154,16 @@ export class RouteFollower {
 
   /** Services that instances here are or declare in `needs`: followed for as long as they are named here. */
   pin(services: ReadonlySet<ServiceId>): void {
+    this.#declared = services;
+    this.#repin();
+  }
+
+  /** Exposed services are published by every node, so every node follows them. */
+  #repin(): void {
     const { interest, now } = this.#demand();
     if (interest === undefined) return;
-    for (const service of interest.pin(services, now)) this.#begin(service);
+    for (const service of interest.pin(new Set([...this.#declared, ...this.#exposed]), now))
+      this.#begin(service);
   }
 
   /**
@@ -291,11 +303,26 @@ export class RouteFollower {
     for (const revision of batch.brought) this.#remember(revision);
     // A listing that swallowed the change somebody waits for still shows its revision.
     if (this.#waiters.size > 0) for (const { modRevision } of batch.puts) this.#remember(modRevision);
-    if (this.#interest !== undefined) for (const service of delta.services) this.#followNodes(service);
+    if (this.#interest !== undefined) {
+      for (const service of delta.services) this.#followNodes(service);
+      this.#takeExposed(batch);
+    }
     if (delta.services.size > 0 || delta.nodes.size > 0 || wasSynced !== this.table.synced)
       for (const listener of this.#deltas) listener(delta);
     if (batch.kind === 'snapshot') this.#settleListed(batch.path);
     for (const waiter of this.#waiters) if (this.#reached(waiter.revision)) waiter.resolve();
+  }
+
+  #takeExposed(batch: KeyspaceBatch): void {
+    let changed = false;
+    for (const key of batch.deletes)
+      if (key.kind === 'exposed') changed = this.#exposed.delete(key.service) || changed;
+    for (const { kind, key } of batch.puts)
+      if (kind === 'exposed') {
+        this.#exposed.add(key.service);
+        changed = true;
+      }
+    if (changed) this.#repin();
   }
 
   /** Follows the records of the nodes that a service's instances are on, and no longer those that they left. */

@@ -234,10 +234,12 @@ test('role cluster gives a record written by hand its addresses, and one with a 
     });
   const read = async (id: ServiceId) =>
     unwrap(decodeService((await kv.get(keys.build({ kind: 'service', service: id })))?.value ?? '', id));
-  await kv.txn([], [put(keys.build({ kind: 'service', service: CART }), byHand(CART, {}))]);
+  const written = byHand(CART, {}).replace('{', '{"exposed":true,');
+  await kv.txn([], [put(keys.build({ kind: 'service', service: CART }), written)]);
   await time.advance(1_000);
   const cart = await read(CART);
   assert.is(Object.keys(cart.addresses).length, 3);
+  assert.equal(await kv.keys(keys.prefix('exposed')), [keys.build({ kind: 'exposed', service: CART })]);
   const thief = sid('shop.prod.thief.v1');
   const stolen = Object.values(cart.addresses)[0]!;
   await kv.txn(
@@ -261,7 +263,7 @@ test('role cluster sweeps what nothing owns any more, and leaves alone what it c
   const { time, kv, candidate, logs } = world();
   const { roles } = candidate('a');
   await time.advance(1_000);
-  const { service } = await applyService(kv, keys, config, descriptor());
+  const { service } = await applyService(kv, keys, config, descriptor(CART, { exposed: true }));
   const other = await applyService(kv, keys, config, descriptor(sid('a.b.c.d')));
   await time.advance(1_000);
   const orphan = ip('172.30.44.44');
@@ -280,6 +282,7 @@ test('role cluster sweeps what nothing owns any more, and leaves alone what it c
     return entry === undefined ? undefined : unwrap(decodeAddress(entry.value)).resting === true;
   };
   for (const address of [...Object.values(service.addresses), orphan]) assert.ok(await resting(address));
+  assert.equal(await kv.keys(keys.prefix('exposed')), []);
   for (const address of Object.values(other.service.addresses)) assert.is(await resting(address), false);
   await time.advance(config.quarantineS * 1_000 + RECONCILE_INTERVAL_MS);
   for (const address of [...Object.values(service.addresses), orphan])

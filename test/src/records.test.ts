@@ -14,6 +14,7 @@ import {
   encodeBlock,
   encodeCluster,
   encodeConfig,
+  encodeExposed,
   encodeInstance,
   encodeLeader,
   encodeNode,
@@ -113,6 +114,7 @@ const anyRecord: fc.Arbitrary<[Key, string, unknown]> = fc.oneof(
       };
       return [{ kind: 'service', service: id }, encodeService(service), service];
     }),
+  anyServiceId.map((service): [Key, string, unknown] => [{ kind: 'exposed', service }, encodeExposed(), {}]),
   fc
     .tuple(anyIpv4, anyServiceId, fc.constantFrom(...POLICIES))
     .map(([address, service, policy]): [Key, string, unknown] => {
@@ -143,7 +145,7 @@ test('decodeRecord reads back what the encoders wrote, for every kind of key', (
     }),
     { numRuns: 1_000 },
   );
-  assert.is(kinds.size, 9, [...kinds].join(' '));
+  assert.is(kinds.size, 10, [...kinds].join(' '));
 });
 
 test('decodeRecord ignores fields that it does not know and refuses another version', () => {

@@ -199,7 +199,7 @@ test('RouteFollower ends an idle interest, and none while the store is away', as
   assert.is(routes.table.service(A), undefined);
   assert.ok(gone.includes(A), 'those who hold a projection are told');
   assert.is(routes.interests, 0);
-  assert.equal([...routes.keyspace.paths()], [keys.prefix('config')]);
+  assert.equal([...routes.keyspace.paths()], [keys.prefix('config'), keys.prefix('exposed')]);
   await routes.close();
 });
 
@@ -237,6 +237,25 @@ test('RouteFollower with interest shows a node’s leaving and a service’s end
   assert.is(routes.table.instance(A, 1), undefined);
   await deleteService(writer, keys, config, A);
   await settle();
+  assert.is(routes.table.service(A), undefined);
+  await routes.close();
+});
+
+test('RouteFollower with interest follows exposed services, and those that nothing exposes any more end', async () => {
+  const { time, writer, routes } = world();
+  await applyService(writer, keys, config, descriptor(A, { exposed: true }));
+  await applyService(writer, keys, config, descriptor(B));
+  await deploy(writer, 'n1', 1, A, 1);
+  await settle();
+  assert.ok(routes.table.service(A)?.descriptor.exposed && routes.table.instance(A, 1));
+  assert.is(routes.table.service(B), undefined);
+  await applyService(writer, keys, config, descriptor(B, { exposed: true }));
+  await settle();
+  assert.ok(routes.table.service(B));
+  await applyService(writer, keys, config, descriptor(A));
+  await deleteService(writer, keys, config, B);
+  assert.equal(await writer.keys(keys.prefix('exposed')), []);
+  await time.advance(700_000);
   assert.is(routes.table.service(A), undefined);
   await routes.close();
 });
