@@ -55,7 +55,7 @@ export interface LabInstance {
 export class LabHost {
   readonly index: number;
   readonly netns: string;
-  readonly nodeIp: Ipv4;
+  nodeIp: Ipv4;
   readonly subnet: Ipv4;
   readonly bridge: Ipv4;
   readonly reports: ProxyReport[] = [];
@@ -206,6 +206,44 @@ export class ProxyLab {
     ]);
     const settings = ['net.ipv4.ip_forward=1', 'net.ipv4.conf.all.rp_filter=0'];
     shell(inside(host.netns, 'sysctl', '-q', '-w', ...settings));
+  }
+
+  /**
+   * Puts a host behind a NAT of nftables: it is 10.80.0.2 now, and seen from the others as 10.78.0.50 with a port that
+   * the NAT chooses.
+   */
+  behindNat(host: LabHost): void {
+    const nat = `${this.prefix}-n`;
+    this.#netns(nat);
+    ipBatch(`${this.prefix}-w`, [
+      `link add p50 type veth peer name out0 netns ${nat}`,
+      'link set p50 master sw',
+      'link set p50 up',
+    ]);
+    ipBatch(host.netns, ['link del up0', `link add up0 type veth peer name in0 netns ${nat}`]);
+    ipBatch(nat, [
+      'addr add 10.78.0.50/24 dev out0',
+      'addr add 10.80.0.1/24 dev in0',
+      'link set out0 up',
+      'link set in0 up',
+    ]);
+    ipBatch(host.netns, [
+      'addr add 10.80.0.2/24 dev up0',
+      'link set up0 up',
+      'route add default via 10.80.0.1',
+    ]);
+    shell(inside(nat, 'sysctl', '-q', '-w', 'net.ipv4.ip_forward=1'));
+    const rules = [
+      'table ip nat {',
+      '  chain post {',
+      '    type nat hook postrouting priority srcnat',
+      '    oifname "out0" masquerade random',
+      '  }',
+      '}',
+      '',
+    ];
+    shell(inside(nat, 'nft', '-f', '-'), rules.join('\n'));
+    host.nodeIp = ipv4(0x0a500002);
   }
 
   /** An instance of a service, by number, in a network namespace behind the host's bridge. */

@@ -94,6 +94,8 @@ export const FLOW_SWEEP = 4_096;
 export const PEER_LEARNED_MS = 75_000;
 /** Keep-alive towards peers that routes name: below the 30 s after which common NATs forget a UDP mapping. */
 export const PEER_KEEPALIVE_MS = 20_000;
+/** Pause after the first greeting that stays unanswered; it doubles up to the keep-alive. */
+export const PEER_HELLO_FIRST_MS = 500;
 /** How long a learned path MTU stands (RFC 1191 §6.3: 10 minutes). */
 export const PATH_MTU_MS = 600_000;
 

@@ -38,7 +38,6 @@ import {
 import { ipv4 } from '../../src/addr.ts';
 import {
   FLOW_SWEEP,
-  PEER_KEEPALIVE_MS,
   PROBE_STATUS_BYTES,
   SEGMENTS_MAX,
   SOCKET_BUFFER_BYTES,
@@ -624,7 +623,9 @@ class Loop {
         if (peer.learn(ip, port, this.#now)) this.#counters[COUNT.peers_learned]!++;
       } else if (kind !== CONTROL_KIND.probeBack) return; // replayed, or overtaken
     }
-    if (kind === CONTROL_KIND.hello) this.#say(CONTROL_KIND.helloBack, token, ip, port, NOTHING);
+    // Who does not know the greeter yet stays silent, and is greeted again.
+    if (kind === CONTROL_KIND.hello && peer !== undefined)
+      this.#say(CONTROL_KIND.helloBack, token, ip, port, NOTHING);
     else if (kind === CONTROL_KIND.probe) this.#say(CONTROL_KIND.probeBack, token, ip, port, this.#status);
     else if (kind === CONTROL_KIND.probeBack) {
       const probe = this.#probes.get(token);
@@ -693,8 +694,7 @@ class Loop {
       proxy.choicesMore = 0;
     }
     for (const peer of proxy.routes.peers.values()) {
-      if (now - peer.helloMs < PEER_KEEPALIVE_MS) continue;
-      peer.helloMs = now;
+      if (!peer.greet(now)) continue;
       this.#say(CONTROL_KIND.hello, 0, peer.targetIp(now), peer.targetPort(now), NOTHING);
     }
     for (const [token, probe] of this.#probes) {

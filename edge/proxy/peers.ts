@@ -2,7 +2,7 @@
 //
 // A node is named by its subnet. Its address as last seen in an authentic packet wins over the keyspace, because a
 // NAT in between may have changed both address and port; it is forgotten when nothing authentic came for a while.
-import { PEER_LEARNED_MS } from '../../src/limits.ts';
+import { PEER_HELLO_FIRST_MS, PEER_KEEPALIVE_MS, PEER_LEARNED_MS } from '../../src/limits.ts';
 
 export class Peer {
   readonly subnet: number;
@@ -16,8 +16,9 @@ export class Peer {
   /** When it was last heard and sent to, milliseconds. */
   heardMs = Number.NEGATIVE_INFINITY;
   sentMs = Number.NEGATIVE_INFINITY;
-  /** When it was last greeted. */
+  /** When it was last greeted, and how long until the next time. */
   helloMs = Number.NEGATIVE_INFINITY;
+  helloPauseMs = 0;
   /** Stamp of its latest control frame: an older one is a replay. */
   stampUs = 0;
   /** Largest inner packet that reaches it, bytes. */
@@ -55,6 +56,20 @@ export class Peer {
     }
     if (ip !== this.ip) return false;
     this.learn(ip, port, now);
+    return true;
+  }
+
+  /**
+   * True when a greeting is due: often at first, until the node answers (it may not know us yet), then as often as a
+   * NAT needs it.
+   */
+  greet(now: number): boolean {
+    if (now - this.helloMs < this.helloPauseMs) return false;
+    const heard = this.heardMs > this.helloMs;
+    this.helloPauseMs = heard
+      ? PEER_KEEPALIVE_MS
+      : Math.min(PEER_KEEPALIVE_MS, Math.max(PEER_HELLO_FIRST_MS, this.helloPauseMs * 2));
+    this.helloMs = now;
     return true;
   }
 
