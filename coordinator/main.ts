@@ -6,13 +6,16 @@ import { hostname } from 'node:os';
 import process from 'node:process';
 import { parseArgs } from 'node:util';
 import pino from 'pino';
+import { parseIpv4 } from '../src/addr.ts';
 import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
 import { checkId, DEFAULT_ROOT, Keys } from '../src/keys.ts';
-import { ROLE_TTL_S } from '../src/limits.ts';
+import { PORT_MAX, ROLE_TTL_S } from '../src/limits.ts';
 import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
 import { connectEtcd } from './etcd/client.ts';
 import { parseCredentials } from './etcd/credentials.ts';
 import { systemTime } from './etcd/time.ts';
+import { serveOutside } from './io/outside_server.ts';
+import { parseZone, type Zone } from './outside.ts';
 import { parseRoles, startRoles } from './roles.ts';
 
 const HELP = `edgeway coordinator: holds the root and cluster roles without being a node
@@ -28,6 +31,9 @@ const HELP = `edgeway coordinator: holds the root and cluster roles without bein
   --etcd-cert FILE      client certificate
   --etcd-key FILE       its key
   --role-ttl SECONDS    lease of the roles: a standby takes over within it (default ${ROLE_TTL_S})
+  --outside-domain DOMAIN    answer DNS for this domain, which is delegated here: service.servicens.app.appns.DOMAIN
+  --outside-listen IP:PORT   where it listens            (default 0.0.0.0:53)
+  --outside-ns NAME          name of this server in the delegation (default ns.DOMAIN)
   --log-level LEVEL     trace, debug, info, warn, error (default info)
 `;
 
@@ -43,6 +49,9 @@ const OPTIONS = {
   'etcd-cert': { type: 'string' },
   'etcd-key': { type: 'string' },
   'role-ttl': { type: 'string' },
+  'outside-domain': { type: 'string' },
+  'outside-listen': { type: 'string' },
+  'outside-ns': { type: 'string' },
   'log-level': { type: 'string' },
   help: { type: 'boolean', short: 'h' },
 } as const;
@@ -79,14 +88,20 @@ async function main(): Promise<void> {
     },
     (path) => readFileSync(path, 'utf8'),
   );
+  const outside = outsideSettings(
+    setting('outside-domain'),
+    setting('outside-listen'),
+    setting('outside-ns'),
+  );
   const log = pino({ level: setting('log-level') ?? 'info' }, pino.destination({ dest: 2, sync: true }));
 
   // ---- above: only reading; below: the world ----
 
   const kv = connectEtcd({ endpoints, log, ...(credentials === undefined ? {} : { credentials }) });
+  const keys = new Keys(setting('root') ?? DEFAULT_ROOT);
   const running = startRoles({
     kv,
-    keys: new Keys(setting('root') ?? DEFAULT_ROOT),
+    keys,
     time: systemTime,
     random: Math.random,
     log,
@@ -96,16 +111,36 @@ async function main(): Promise<void> {
     network: DEFAULT_NETWORK_CONFIG,
     ttlS,
   });
+  const names = outside === undefined ? undefined : await serveOutside({ kv, keys, log, ...outside });
   let stopping = false;
   const stop = async (): Promise<void> => {
     if (stopping) return;
     stopping = true;
     await running.stop();
+    await names?.stop();
     await kv.close();
     process.exit(0);
   };
   process.on('SIGTERM', () => void stop());
   process.on('SIGINT', () => void stop());
+}
+
+function outsideSettings(
+  domain: string | undefined,
+  listen: string | undefined,
+  nameServer: string | undefined,
+): { readonly zone: Zone; readonly host: string; readonly port: number } | undefined {
+  if (domain === undefined) return undefined;
+  const [, host = '', portText = ''] = /^([^:]+):(\d{1,5})$/.exec(listen ?? '0.0.0.0:53') ?? [];
+  const address = parseIpv4(host);
+  const port = Number(portText);
+  if (!address.ok || port > PORT_MAX || portText === '')
+    throw new EdgewayError('invalid_request', `--outside-listen "${listen}": write ADDRESS:PORT`);
+  const zone = parseZone(domain, {
+    ...(nameServer === undefined ? {} : { nameServer }),
+    ...(address.value === 0 ? {} : { address: address.value }),
+  });
+  return { zone: unwrap(zone), host, port };
 }
 
 main().catch((thrown: unknown) => {

@@ -195,6 +195,12 @@ export const COMMAND_OUTPUT_MAX = 8 * 1024 * 1024;
 export const ENGINE_LIMIT_MS = 10_000;
 /** Pause before ports that could not be published are tried again. */
 export const EXPOSE_RETRY_MS = 1_000;
+/** Outside DNS: an address lives as long as the presence that stands behind it may be wrong about it (RFC 1912 §2.2
+ *  allows short ones for names that move). */
+export const OUTSIDE_TTL_S = 10;
+export const OUTSIDE_NEGATIVE_TTL_S = 5;
+/** Addresses of one outside name: eight answers with names of 40 octets fit into 512. */
+export const OUTSIDE_ADDRESSES_MAX = 8;
 /** Node ports of one service: each costs up to two of a transaction's 128 compares, its addresses' seven beside them. */
 export const PORT_MAPPINGS_MAX = 32;
 /** Greatest TCP and UDP port: 16 bits (RFC 9293 §3.1, RFC 768). */

@@ -96,9 +96,9 @@ const FLOORS: readonly Floor[] = [
   { from: /^coordinator\//, to: /^edge\//, why: 'the coordinator also runs alone, without an agent' },
   {
     from: /^coordinator\//,
-    not: /^coordinator\/(etcd\/|main\.ts$)/,
-    to: /^(node:|etcd3$|@grpc\/|cockatiel$)/,
-    why: 'coordination logic is tested on an injected clock and an in-memory store; only etcd/ and main.ts touch the world',
+    not: /^coordinator\/(etcd\/|io\/|main\.ts$)/,
+    to: /^(node:(?!buffer$)|etcd3$|@grpc\/|cockatiel$)/,
+    why: 'coordination logic is tested on an injected clock and an in-memory store; only etcd/, io/ and main.ts touch the world',
   },
   {
     from: /^edge\/routes\//,
@@ -171,7 +171,7 @@ interface Ban {
 
 /** kudo/mod.ts is the composition root of a library. */
 const EDGES =
-  /^(edge\/io\/|edge\/cli\/|edge\/compose\.ts|edge\/main\.ts|edge\/kudo\/mod\.ts|coordinator\/etcd\/|coordinator\/main\.ts|src\/node-tun\/)/;
+  /^(edge\/io\/|edge\/cli\/|edge\/compose\.ts|edge\/main\.ts|edge\/kudo\/mod\.ts|coordinator\/etcd\/|coordinator\/io\/|coordinator\/main\.ts|src\/node-tun\/)/;
 const BANS: readonly Ban[] = [
   {
     call: /\bMath\.random\b/,

@@ -147,6 +147,45 @@ test('another service cannot have the port: an error when it is applied', async 
   assert.is(bad.status, 400);
 });
 
+test('outside DNS: a delegated name has the addresses of the nodes that are up, over UDP and TCP', async () => {
+  const zone = 'edge.example.org';
+  lab.spawn(
+    lab.switch,
+    [
+      ...self('coordinator/main.ts', '--etcd', lab.etcd, '--roles', 'root'),
+      ...['--outside-domain', zone, '--outside-listen', `10.77.0.254:53`],
+    ],
+    `${lab.dir}/coordinator.log`,
+  );
+  const dig = async (...args: string[]): Promise<string> => {
+    const { stdout } = await lab.exec(lab.node(3).netns, [
+      'dig',
+      '@10.77.0.254',
+      '+tries=1',
+      '+time=2',
+      ...args,
+    ]);
+    return stdout;
+  };
+  const name = `web.v1.shop.prod.${zone}`;
+  const short = async (...args: string[]) =>
+    (await dig('+short', ...args)).trim().split('\n').sort().join(' ');
+  await until('outside DNS knows all three nodes', 20_000, async () =>
+    (await short(name)) === '10.77.0.1 10.77.0.2 10.77.0.3' ? true : undefined,
+  );
+  assert.is(await short('+tcp', name), '10.77.0.1 10.77.0.2 10.77.0.3');
+  assert.match(await dig(name), /flags: qr aa rd; .*ANSWER: 3[\s\S]*\s10\s+IN\s+A\s/);
+  assert.match(await dig(name, 'AAAA'), /status: NOERROR[\s\S]*SOA/);
+  assert.match(await dig(`nosuch.${zone}`), /status: NXDOMAIN/);
+  assert.match(await dig('example.com'), /status: REFUSED/);
+  const node = lab.node(3);
+  if (node.agent !== undefined) await lab.end(node.agent);
+  await until('n3 left the answer', 30_000, async () =>
+    (await short(name)) === '10.77.0.1 10.77.0.2' ? true : undefined,
+  );
+  await lab.startAgent(3);
+});
+
 test('a node whose instance went passes requests on', async () => {
   const gone = await lab.api(1, 'DELETE', `/api/v1/instances/${WEB}/1`);
   assert.is(gone.status, 200);
