@@ -49,6 +49,34 @@ const restoreResolverCommand = defineCommand({
   },
 });
 
+const kudoCommand = defineCommand({
+  meta: {
+    name: 'kudo',
+    description: "serve Kudo's gRPC network service on this host; needs neither agent nor etcd",
+  },
+  args: {
+    listen: {
+      type: 'string',
+      valueHint: 'ADDRESS',
+      description: 'unix:/path or a loopback HOST:PORT [unix:/run/edgeway/kudo.sock]',
+    },
+    'state-dir': {
+      type: 'string',
+      valueHint: 'DIR',
+      description: 'what is set up here [/var/lib/edgeway/kudo]',
+    },
+    'log-level': {
+      type: 'string',
+      valueHint: 'LEVEL',
+      description: 'trace, debug, info, warn or error [info]',
+    },
+  },
+  async run({ args }) {
+    const { runKudo } = await import('./kudo/main.ts');
+    await runKudo({ listen: args.listen, stateDir: args['state-dir'], logLevel: args['log-level'] });
+  },
+});
+
 await runMain(
   defineCommand({
     meta: { name: 'edgeway', version: packageJson.version, description: packageJson.description },
@@ -65,6 +93,7 @@ await runMain(
       describe: async () => (await commands()).describeCommand,
       watch: async () => (await commands()).watchCommand,
       status: async () => (await commands()).statusCommand,
+      kudo: kudoCommand,
       'restore-resolver': restoreResolverCommand,
     },
   }),

@@ -169,9 +169,9 @@ interface Ban {
   readonly why: string;
 }
 
-/** kudo/mod.ts is the composition root of a library. */
+/** kudo/ has composition roots of its own: of the library and of the service. */
 const EDGES =
-  /^(edge\/io\/|edge\/cli\/|edge\/compose\.ts|edge\/main\.ts|edge\/kudo\/mod\.ts|coordinator\/etcd\/|coordinator\/io\/|coordinator\/main\.ts|src\/node-tun\/)/;
+  /^(edge\/io\/|edge\/cli\/|edge\/compose\.ts|edge\/main\.ts|edge\/kudo\/(mod|main)\.ts|coordinator\/etcd\/|coordinator\/io\/|coordinator\/main\.ts|src\/node-tun\/)/;
 const BANS: readonly Ban[] = [
   {
     call: /\bMath\.random\b/,

@@ -1,7 +1,7 @@
 // Serves Kudo's `Network` on loopback or a unix socket. It refuses to listen where other hosts reach it: the service
 // has no authentication, and whoever calls it changes this host's network.
-import { chmod, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { chmod, mkdir, rm } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
 import {
   loadPackageDefinition,
   Server,
@@ -60,7 +60,10 @@ export async function serveGrpc(service: NetworkService, address: string, log: L
       service.CreateContainerNetworkInterface,
     ),
   });
-  if (path !== undefined) await rm(path, { force: true });
+  if (path !== undefined) {
+    await mkdir(dirname(path), { recursive: true });
+    await rm(path, { force: true });
+  }
   const target = path === undefined ? address : `unix:${path}`;
   const port = await new Promise<number>((resolve, reject) =>
     server.bindAsync(target, ServerCredentials.createInsecure(), (error, bound) =>

@@ -1,27 +1,38 @@
 // Composition root of `edgeway kudo`: Kudo's gRPC service on this host, without an agent and without etcd. What it
-// sets up stays when it ends; `CreateContainerNetworkInterface` and the rest find it again in the state directory.
-import type { Logger } from '../../src/log.ts';
+// sets up stays when it ends: the next start finds it by the state directory.
+import process from 'node:process';
+import { toEdgewayError } from '../../src/error.ts';
 import { hostRunner } from '../io/exec.ts';
 import { hostFiles } from '../io/files.ts';
-import { type GrpcServer, serveGrpc } from '../io/grpc_server.ts';
+import { serveGrpc } from '../io/grpc_server.ts';
+import { createLogger } from '../io/log.ts';
 import { createKudo } from './kudo.ts';
 import { networkService } from './service.ts';
 
-export interface KudoSettings {
-  /** `unix:/path` or a loopback HOST:PORT. */
-  readonly listen: string;
-  readonly stateDir: string;
-}
-
-export const KUDO_DEFAULTS: KudoSettings = {
-  listen: 'unix:/run/edgeway/kudo.sock',
-  stateDir: '/var/lib/edgeway/kudo',
-};
-
-export async function runKudo(settings: KudoSettings, log: Logger): Promise<GrpcServer> {
-  const { listen, stateDir } = settings;
-  const kudo = createKudo({ runner: hostRunner, files: hostFiles, log, stateDir });
-  const server = await serveGrpc(networkService(kudo), listen, log);
-  log.info({ address: server.address }, 'Kudo network service is up');
-  return server;
+/** Serves until a signal ends it. */
+export async function runKudo(settings: {
+  readonly listen?: string | undefined;
+  readonly stateDir?: string | undefined;
+  readonly logLevel?: string | undefined;
+}): Promise<void> {
+  const log = createLogger(settings.logLevel ?? 'info');
+  const kudo = createKudo({
+    runner: hostRunner,
+    files: hostFiles,
+    log,
+    stateDir: settings.stateDir ?? '/var/lib/edgeway/kudo',
+  });
+  try {
+    const address = settings.listen ?? 'unix:/run/edgeway/kudo.sock';
+    const server = await serveGrpc(networkService(kudo), address, log);
+    log.info({ address: server.address }, 'Kudo network service is up');
+    await new Promise((resolve) => {
+      for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, resolve);
+    });
+    await server.stop();
+  } catch (thrown) {
+    const { code, message } = toEdgewayError(thrown);
+    log.error({ code, error: message }, 'the Kudo network service cannot start');
+    process.exitCode = 1;
+  }
 }
