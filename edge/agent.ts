@@ -1,6 +1,7 @@
 // The agent's shell: turns requests of the API into claims, host changes and keys, in that order, and takes back what
 // was done when a later step fails. It decides no policy and no packet. Requests run one at a time; whatever they
 // write comes back through the watch, and an answer waits until this node's own table has it.
+import { Buffer } from 'node:buffer';
 import {
   applyService,
   claimInstance,
@@ -443,6 +444,9 @@ export class Agent implements NodeControl {
           subnetBits: claim.subnet.bits,
           flowsMax: limits.FLOWS_MAX,
           seed: this.#seed(),
+          ...(network.secret === undefined
+            ? {}
+            : { secret: new Uint8Array(Buffer.from(network.secret, 'hex')) }),
         },
         (report) => this.#loopReported(report),
       );

@@ -1,6 +1,6 @@
 // The agent's composition root. Above the line everything only reads settings; below it the world is touched:
 // etcd, the host, sockets, the packet loop, signals.
-import { randomInt } from 'node:crypto';
+import { randomBytes, randomInt } from 'node:crypto';
 import { mkdir } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import process from 'node:process';
@@ -43,6 +43,7 @@ function networkFor(config: AgentConfig, underlayMtu: number): NetworkConfig {
     ...DEFAULT_NETWORK_CONFIG,
     mtu: config.mtu ?? Math.max(limits.MTU_MIN, underlayMtu - limits.TUNNEL_OVERHEAD),
     presenceTtlS: config.presenceTtlS,
+    secret: randomBytes(32).toString('hex'),
   };
 }
 

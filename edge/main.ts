@@ -45,7 +45,8 @@ const restoreResolverCommand = defineCommand({
     const dataDir =
       typeof text === 'string' ? text : (process.env['EDGEWAY_DATA_DIR'] ?? SETTINGS['data-dir'].default);
     const restored = await restoreResolver(dataDir, createLogger('info'));
-    console.log(restored ? 'put back' : 'there was nothing to put back');
+    const { print } = await import('./cli/print.ts');
+    print(restored ? 'put back' : 'there was nothing to put back');
   },
 });
 

@@ -15,6 +15,9 @@ export interface NetworkConfig {
   readonly presenceTtlS: number;
   readonly tenureTtlS: number;
   readonly quarantineS: number;
+  /** Proves the tunnel's control frames to nodes of this network, hexadecimal, 16 … 64 octets. Absent: such frames are
+   *  only as trustworthy as the underlay. */
+  readonly secret?: string;
 }
 
 /** A host running an agent. */

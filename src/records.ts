@@ -156,6 +156,12 @@ const configSchema = v.object({
   presenceTtlS: secondsSchema,
   tenureTtlS: secondsSchema,
   quarantineS: v.pipe(v.number(), v.integer(), v.minValue(0)),
+  secret: v.optional(
+    v.pipe(
+      v.string(),
+      v.regex(/^([0-9a-f]{2}){16,64}$/, 'must be 16 to 64 octets in lower-case hexadecimal'),
+    ),
+  ),
 });
 
 /** Milliseconds, see coordinate.ts. */
@@ -316,7 +322,7 @@ export function decodeConfig(text: string): Result<NetworkConfig> {
   const { platform, services, nodePrefix, v: _, ...rest } = record.value;
   const plan = checkPlan({ platform, services, nodeBits: nodePrefix });
   if (!plan.ok) return fail('invalid_record', plan.error.message);
-  return ok({ plan: plan.value, ...rest });
+  return ok({ plan: plan.value, ...compact(rest) });
 }
 
 export function encodeNode(node: Node): string {
