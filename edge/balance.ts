@@ -163,6 +163,11 @@ export class Balancer {
     return { at: this.#nextAt, why: 'reweigh' };
   }
 
+  /** Why the policy chooses as it does now, without the candidates. */
+  why(service: ServiceId, policy: Policy): string | undefined {
+    return this.#services.get(service)?.last?.why[policy];
+  }
+
   /** Undefined when the service is not followed here. */
   explain(service: ServiceId, policy: Policy, nowMs: number): Explanation | undefined {
     const entry = this.#services.get(service);

@@ -95,6 +95,8 @@ export class Steering {
   #stopped = false;
   #peersStale = true;
   #followedStale = true;
+  /** Choices that the loop made faster than it reports them one by one. */
+  #unlisted = 0;
   #followedAt = Number.NEGATIVE_INFINITY;
   #statusAt = Number.NEGATIVE_INFINITY;
   #statusSent = '';
@@ -169,6 +171,7 @@ export class Steering {
       this.#prober.handleAnswer({ ...status.value, nonce: report.token, rttMs: report.rttNs / 1e6 }, nowMs);
     } else if (report.kind === 'chosen') {
       for (const choice of report.choices) this.#record(choice, nowMs);
+      this.#unlisted += report.more;
     } else return;
     this.#turn();
   }
@@ -209,7 +212,10 @@ export class Steering {
 
   counters(): Readonly<Record<string, number>> {
     const entries = Object.entries(this.#prober.counters as Readonly<ProberCounters>);
-    return Object.fromEntries(entries.map(([name, value]) => [`probes_${name}`, value]));
+    return {
+      ...Object.fromEntries(entries.map(([name, value]) => [`probes_${name}`, value])),
+      choices_unlisted: this.#unlisted,
+    };
   }
 
   stop(): void {
