@@ -102,6 +102,18 @@ test('glibc with mdns4 and mdns.allow for our suffixes: the multicast face answe
   );
 });
 
+test('glibc with mdns (IPv4 and IPv6) does not wait for AAAA where the interface has no IPv6, as ours have none', async () => {
+  const root = await unpacked('libnss-mdns');
+  const client = await clientWith('files mdns', { 'mdns.allow': '.closest.local.\n.closest.local\n' });
+  // What the environment manager does to the interface of an instance; with IPv6 this takes 5.2 s.
+  await must(client.enter(['sysctl', '-q', '-w', 'net.ipv6.conf.eth0.disable_ipv6=1']));
+  await client.avahi();
+  found(
+    await client.run(['env', `LD_LIBRARY_PATH=${root}/lib/x86_64-linux-gnu`, 'getent', 'ahosts', NAME]),
+    'mdns',
+  );
+});
+
 test('musl, a static binary', async () => {
   await needProgram('musl-gcc', 'musl-tools');
   const source = join(lab.directory, 'look.c');
