@@ -71,6 +71,7 @@ import type { Peer } from '../proxy/peers.ts';
 import { ProxyTun } from '../proxy/proxy.ts';
 import { Cutter, HEADER_SLOTS, Joiner } from '../proxy/segment.ts';
 import { COUNT, DROP, VERDICT } from '../proxy/verdict.ts';
+import { type FlowFile, openFlowFile } from './flow_file.ts';
 import { Batch } from './packet_batch.ts';
 import { FLAG, type ThreadData } from './packet_thread.ts';
 
@@ -137,6 +138,8 @@ class Loop {
   readonly #probes = new Map<number, { readonly sentMs: number; readonly nodeIp: number }>();
   readonly #secret: Uint8Array;
   #stampUs = 0;
+  #flowFile: FlowFile | undefined;
+  #rememberedUntilMs = performance.now() + REMEMBER_MS;
 
   constructor(data: ThreadData) {
     this.#data = data;
@@ -185,6 +188,12 @@ class Loop {
       answers: bytesOf(this.#answers.bytes),
       hold: bytesOf(this.#hold.bytes),
     });
+    if (config.flowsFile !== undefined) {
+      const { file, records } = openFlowFile(config.flowsFile, config.flowsMax, seconds());
+      this.#flowFile = file;
+      this.#proxy.remember(records);
+      this.#proxy.flows.watcher = file;
+    }
     this.#proxy.onAnswersFull = () => this.#sendAnswers();
 
     this.#readVector = sys.allocate(IOVEC_SIZE);
@@ -240,6 +249,7 @@ class Loop {
   }
 
   close(): void {
+    this.#flowFile?.close();
     sys.close(this.#tun);
     sys.close(this.#socket);
   }
@@ -686,6 +696,13 @@ class Loop {
     const now = this.#now;
     this.#tickedMs = now;
     const proxy = this.#proxy;
+    if (this.#flowFile !== undefined) {
+      this.#flowFile.seconds = seconds();
+      if (now > this.#rememberedUntilMs) {
+        this.#rememberedUntilMs = Number.POSITIVE_INFINITY;
+        proxy.forgetRemembered();
+      }
+    }
     proxy.tick(FLOW_SWEEP, now);
     for (const address of proxy.misses.splice(0)) this.report({ kind: 'miss', address });
     if (proxy.choices.length > 0 && now - this.#reportedMs >= CHOICES_MS) {
@@ -704,6 +721,10 @@ class Loop {
   }
 }
 
+/** Wall time, for what outlives the process. */
+const seconds = (): number => Math.floor(Date.now() / 1000);
+/** How long flows of an earlier life wait for their routes. */
+const REMEMBER_MS = 60_000;
 const NOTHING = new Uint8Array(0);
 /** A received datagram begins here: its inner packet is then 4-aligned, with room for a virtio header before it. */
 const INBOX_AT = 4;

@@ -67,6 +67,26 @@ export class Flow {
   }
 }
 
+/** A flow as a file can hold it. */
+export interface FlowRecord {
+  readonly state: FlowState;
+  readonly protocol: number;
+  readonly wirePort: number;
+  readonly port: number;
+  readonly remotePort: number;
+  readonly local: number;
+  readonly dialled: number;
+  readonly instanceIp: number;
+  /** Seconds since it was written: since it was made or last changed its state. */
+  readonly ageS: number;
+}
+
+/** Is told of every flow that comes, changes its state, or goes. */
+export interface FlowWatcher {
+  put(flow: Flow): void;
+  drop(slot: number): void;
+}
+
 /** Milliseconds of silence after which a flow in that state has ended. */
 export function idleLimit(protocol: number, state: FlowState): number {
   if (protocol === PROTOCOL.icmp) return ICMP_IDLE_MS;
@@ -174,6 +194,7 @@ function pair(port: number, remotePort: number): number {
 export class FlowTable {
   readonly max: number;
   evicted = 0;
+  watcher: FlowWatcher | undefined;
   readonly #dialled: TupleIndex;
   readonly #wire: TupleIndex;
   readonly #slots: (Flow | undefined)[] = [];
@@ -233,6 +254,13 @@ export class FlowTable {
     flow.instance.flows++;
     this.#size++;
     this.#recent.set(slot, flow);
+    this.watcher?.put(flow);
+  }
+
+  setState(flow: Flow, state: FlowState): void {
+    if (flow.state === state) return;
+    flow.state = state;
+    if (flow.slot >= 0) this.watcher?.put(flow);
   }
 
   remove(flow: Flow): void {
@@ -273,6 +301,7 @@ export class FlowTable {
     this.#dialled.remove(local, flow.dialled, pair(flow.port, remotePort), protocol);
     this.#wire.remove(local, flow.instance.instanceIp, pair(flow.wirePort, remotePort), protocol);
     flow.instance.flows--;
+    this.watcher?.drop(slot);
     flow.slot = -1;
     this.#slots[slot] = undefined;
     this.#free.push(slot);

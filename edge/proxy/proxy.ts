@@ -27,7 +27,7 @@ import { UDP } from '../../src/wire/udp.ts';
 import { Answers } from './answer.ts';
 import type { Choice, ProxyCommand, ProxyConfig } from './command.ts';
 import { Contacts } from './contacts.ts';
-import { FLOW_STATE, Flow, FlowTable, isStale } from './flows.ts';
+import { FLOW_STATE, Flow, type FlowRecord, FlowTable, idleLimit, isStale } from './flows.ts';
 import { Tracks } from './fragments.ts';
 import { Hold } from './hold.ts';
 import type { Peer } from './peers.ts';
@@ -64,6 +64,7 @@ export class ProxyTun {
   readonly #contacts: Contacts;
   readonly #tracks = new Tracks();
   readonly #rng: Rng;
+  readonly #remembered = new Map<number, FlowRecord[]>();
   readonly #missedMs = new Map<number, number>();
   readonly #to: Rewrite = { source: 0, target: 0, sourcePort: 0, targetPort: 0, ttl: 0 };
   /** Flows whose dialled address is an InstanceIP: rare, and when there are none nobody looks for them. */
@@ -439,7 +440,7 @@ export class ProxyTun {
   }
 
   #trackIn(flow: Flow, now: number): void {
-    if (flow.state === FLOW_STATE.opening) flow.state = FLOW_STATE.established;
+    if (flow.state === FLOW_STATE.opening) this.flows.setState(flow, FLOW_STATE.established);
     this.flows.use(flow, now);
     if (flow.protocol !== PROTOCOL.tcp || (this.#flags & (TCP_FIN | TCP_RST)) === 0) return;
     if ((this.#flags & TCP_FIN) !== 0) flow.finIn = true;
@@ -447,14 +448,13 @@ export class ProxyTun {
   }
 
   #close(flow: Flow): void {
-    if ((this.#flags & TCP_RST) !== 0 || (flow.finIn && flow.finOut)) flow.state = FLOW_STATE.closed;
-    else flow.state = FLOW_STATE.halfClosed;
+    const closed = (this.#flags & TCP_RST) !== 0 || (flow.finIn && flow.finOut);
+    this.flows.setState(flow, closed ? FLOW_STATE.closed : FLOW_STATE.halfClosed);
   }
 
   #removeFlow(flow: Flow): void {
     if (flow.slot < 0) return;
-    if (this.routes.target(flow.dialled)?.policy === undefined && this.#instanceFlows > 0)
-      this.#instanceFlows--;
+    if (flow.dialled === flow.instance.instanceIp && this.#instanceFlows > 0) this.#instanceFlows--;
     this.flows.remove(flow);
     this.counters[COUNT.flows] = this.flows.size;
   }
@@ -468,7 +468,7 @@ export class ProxyTun {
         this.#removeFlow(flow);
         continue;
       }
-      flow.state = FLOW_STATE.reset;
+      this.flows.setState(flow, FLOW_STATE.reset);
       flow.usedMs = now;
       this.counters[COUNT.flows_reset]!++;
       const { dialled, remotePort, local, port, clientAck, clientNext } = flow;
@@ -757,6 +757,8 @@ export class ProxyTun {
       case 'service': {
         const gone = this.routes.putService(command);
         this.#endGone(gone, now);
+        if (this.#remembered.size > 0)
+          for (const route of command.instances) this.#restore(route.instanceIp, now);
         for (const route of command.instances) this.#routeCame(route.instanceIp);
         for (const address of Object.values(command.addresses)) this.#routeCame(address);
         return;
@@ -794,6 +796,43 @@ export class ProxyTun {
         this.#forgetLocal(command.namespaceIp);
         return;
     }
+  }
+
+  /**
+   * Flows of an earlier life, after a crash. Each comes back when the route of its instance does; those that no route
+   * claims are forgotten when `forgetRemembered` is called.
+   */
+  remember(records: readonly FlowRecord[]): void {
+    for (const record of records) {
+      if (record.state >= FLOW_STATE.closed) continue;
+      const idle = idleLimit(record.protocol, record.state);
+      if (record.ageS * 1000 > idle) continue;
+      const list = this.#remembered.get(record.instanceIp);
+      if (list === undefined) this.#remembered.set(record.instanceIp, [record]);
+      else list.push(record);
+    }
+  }
+
+  forgetRemembered(): void {
+    this.#remembered.clear();
+  }
+
+  #restore(instanceIp: number, now: number): void {
+    const instance = this.routes.instance(instanceIp);
+    const records = this.#remembered.get(instanceIp);
+    if (instance === undefined || records === undefined) return;
+    this.#remembered.delete(instanceIp);
+    for (const { protocol, local, port, dialled, remotePort, wirePort, state } of records) {
+      if (this.flows.size >= this.flows.max) return;
+      if (this.flows.byDialled(protocol, local, port, dialled, remotePort) !== undefined) continue;
+      if (this.flows.byWire(protocol, local, wirePort, instanceIp, remotePort) !== undefined) continue;
+      const flow = new Flow(protocol, local, port, dialled, remotePort, wirePort, instance, now);
+      flow.state = state;
+      if (dialled === instanceIp) this.#instanceFlows++;
+      this.flows.add(flow);
+      this.counters[COUNT.flows_restored]!++;
+    }
+    this.counters[COUNT.flows] = this.flows.size;
   }
 
   /** Housekeeping, a few times a second. */

@@ -2,6 +2,8 @@
 //
 //   client, web 2 ── host 1      cart 1, db ── host 2      cart 2 ── host 3       underlay 10.78.0.0/24
 import { type ChildProcess, spawn } from 'node:child_process';
+import { readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
 import { createInterface } from 'node:readline';
@@ -70,6 +72,12 @@ async function echo(instance: LabInstance): Promise<Running> {
 
 function ping(netns: string, address: string, size = 56): string {
   return shell(inside(netns, 'busybox', 'ping', '-c', '2', '-W', '2', '-s', String(size), address));
+}
+
+/** A process and those that it started: `ip netns exec` may stand between. */
+function pidsBelow(pid: number): number[] {
+  const children = readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8').trim();
+  return [pid, ...(children === '' ? [] : children.split(' ').flatMap((child) => pidsBelow(Number(child))))];
 }
 
 const sip = (service: string, policy: 0 | 1 | 2 = 0): string => formatIpv4(lab.serviceIp(service, policy));
@@ -317,6 +325,36 @@ proxy('probes are answered by the loop itself, with the status it was given', as
   assert.is(found!.nodeIp, two!.nodeIp);
   assert.equal(Object.values(found!.status), [1, 2, 3]);
   assert.ok(found!.rttNs > 1_000 && found!.rttNs < 1e9);
+});
+
+proxy('kill -9 of the loop: its flows go on within 2 s of its start, ServiceIPs included', async () => {
+  const [one] = lab.hosts;
+  const flowsFile = join(tmpdir(), `${lab.prefix}-flows`);
+  try {
+    await one!.stop();
+    await one!.start(runtime, { flowsFile });
+    lab.tellAll();
+    const holds = [sip(CART), sip(CART), sip(CART), iip(cart1)].map((address) =>
+      peer(client.netns, 'hold', address, 7000),
+    );
+    for (const { lines } of holds) await until('the echo', () => lines.some(({ event }) => event === 'data'));
+    const child = one!.process!;
+    const gone = new Promise((resolve) => child.once('exit', resolve));
+    shell(['kill', '-9', ...pidsBelow(child.pid!).map(String)]);
+    await gone;
+    await one!.start(runtime, { flowsFile });
+    lab.tellAll();
+    const since = performance.now();
+    const counts = holds.map(({ lines }) => lines.length);
+    for (const [i, { lines }] of holds.entries())
+      await until('the echo to go on', () => lines.length > counts[i]!);
+    assert.ok(performance.now() - since < 2_000, `${performance.now() - since} ms`);
+    for (const { lines } of holds)
+      assert.equal([...new Set(lines.map(({ event }) => event))], ['connected', 'data']);
+    assert.ok((await one!.counters())['flows_restored']! >= 3);
+  } finally {
+    rmSync(flowsFile, { force: true });
+  }
 });
 
 proxy('the loop says so and ends when its TUN device is deleted', async () => {
