@@ -443,6 +443,7 @@ export class Agent implements NodeControl {
           subnetBase: claim.subnet.base,
           subnetBits: claim.subnet.bits,
           flowsMax: limits.FLOWS_MAX,
+          flowsFile: `${config.dataDir}/flows`,
           seed: this.#seed(),
           ...(network.secret === undefined
             ? {}
@@ -765,6 +766,7 @@ export class Agent implements NodeControl {
 
   #loopReported(report: ProxyReport): void {
     this.#registered?.steering.report(report);
+    if (report.kind === 'notice') this.#log.warn({ reason: report.text }, 'the packet loop goes on without');
     if (report.kind !== 'stopped' || this.#stopping) return;
     this.#log.error({ reason: report.error ?? 'without a reason' }, 'the packet loop ended');
   }
