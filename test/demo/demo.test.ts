@@ -1,7 +1,7 @@
 // The README's first command, as a stranger runs it; then the machine is compared with what it was before.
 
 import { spawn } from 'node:child_process';
-import { existsSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
@@ -78,6 +78,24 @@ test('the demo: Ctrl-C in the middle leaves nothing behind', async () => {
   await until('agents start', 60_000, () => (output.includes('agent n2') ? true : undefined));
   process.kill(-child.pid!, 'SIGINT'); // as a terminal does: to the whole group
   assert.is(await ended, 130, output);
+  assert.equal(await traces(), before);
+});
+
+test('the demo: a failure half-way says what failed and leaves nothing behind', async () => {
+  const before = await traces();
+  const bin = mkdtempSync(join(tmpdir(), 'edgeway-broken-'));
+  try {
+    // The client's resolver is broken: everything is built and deployed by then.
+    writeFileSync(join(bin, 'getent'), '#!/bin/sh\nexit 2\n', { mode: 0o755 });
+    const { status, stderr } = await run(
+      ['env', `PATH=${bin}:${process.env['PATH']}`, './scripts/demo', '--runtime', runtime],
+      { timeoutMs: 120_000 },
+    );
+    assert.is(status, 1, stderr);
+    assert.match(stderr, /demo failed: getent hosts .* status 2/);
+  } finally {
+    rmSync(bin, { recursive: true });
+  }
   assert.equal(await traces(), before);
 });
 
