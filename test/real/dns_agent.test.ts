@@ -1,0 +1,87 @@
+// The name service inside a real agent: the host's own resolver as a setting, what a crash leaves, and what
+// `edgeway resolve` says about a name that is wrong.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import process from 'node:process';
+import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
+import { Lab, type Output, type Runtime, until } from '../../scripts/lab.ts';
+
+const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
+const test = suite('names of an agent');
+const SERVICE = 'shop.prod.cart.v1';
+const NAME = `${SERVICE}.any.closest.local`;
+const FLAGS = ['--register', 'auto', '--host-dns', 'on'];
+let lab: Lab;
+let original: string;
+
+const conf = (): string => readFileSync(`/etc/netns/${lab.node(1).netns}/resolv.conf`, 'utf8');
+const edgeway = (...args: string[]): Promise<Output> => lab.exec(lab.node(1).netns, lab.command(...args));
+const registered = (): Promise<true> =>
+  until('the host asks the resolver', 20_000, async () =>
+    (await lab.api(1, 'GET', '/api/v1/status')).body.subnet !== null && conf() !== original
+      ? true
+      : undefined,
+  );
+async function hostResolves(): Promise<void> {
+  const { stdout } = await lab.exec(lab.node(1).netns, ['getent', 'ahosts', NAME]);
+  assert.match(stdout, /^172\.30\./);
+}
+
+test.before(async () => {
+  lab = await Lab.up({ nodes: 1, runtime });
+  original = conf();
+});
+test.after(async () => {
+  await lab?.down();
+});
+
+test('--host-dns on: the host resolves service names, and a stop puts its resolv.conf back', async () => {
+  const node = await lab.startAgent(1, FLAGS, '');
+  await registered();
+  const [appname, appnamespace, servicename, servicenamespace] = SERVICE.split('.');
+  const body = { appname, appnamespace, servicename, servicenamespace };
+  assert.is((await lab.api(1, 'POST', '/api/v1/services', body)).status, 200);
+  await hostResolves();
+  await lab.end(node.agent!);
+  assert.is(conf(), original);
+});
+
+test('after kill -9 the next start takes over, and edgeway restore-resolver puts back what no start will', async () => {
+  const first = await lab.startAgent(1, FLAGS, '');
+  await registered();
+  await lab.end(first.agent!, 'SIGKILL');
+  assert.is.not(conf(), original);
+  const second = await lab.startAgent(1, FLAGS, '');
+  await until('names on the host', 20_000, async () =>
+    (await lab.exec(second.netns, ['getent', 'ahosts', NAME])).stdout.startsWith('172.30.')
+      ? true
+      : undefined,
+  );
+  await lab.end(second.agent!, 'SIGKILL');
+  assert.is.not(conf(), original);
+  const dataDir = join(lab.dir, second.name);
+  assert.match((await edgeway('restore-resolver', '--data-dir', dataDir)).stdout, 'put back');
+  assert.is(conf(), original);
+  assert.match((await edgeway('restore-resolver', '--data-dir', dataDir)).stdout, 'nothing to put back');
+});
+
+test('edgeway resolve names the label at fault and what was probably meant', async () => {
+  const node = await lab.startAgent(1, ['--register', 'auto'], '');
+  await until('the service is back', 20_000, async () =>
+    (await lab.api(1, 'GET', '/api/v1/services')).body.items.length === 1 ? true : undefined,
+  );
+  const resolve = async (name: string): Promise<string> => {
+    const { status, stdout, stderr } = await edgeway('resolve', name, '--api', `unix:${node.apiSocket}`);
+    return `${status} ${stdout}${stderr}`;
+  };
+  assert.match(await resolve(NAME), /^0 .*172\.30\./);
+  const wrong = await resolve(`${SERVICE}.2.closest.local`);
+  assert.match(wrong, /^[1-9]/);
+  assert.match(wrong, 'label "2": with a policy other than "fixed" stands "any"');
+  assert.match(wrong, `perhaps ${SERVICE}.2.fixed.local`);
+  assert.match(await resolve('shop.prod.crat.v1.any.closest.local'), `perhaps ${NAME} was meant`);
+  await lab.end(node.agent!);
+});
+
+test.run();
