@@ -85,6 +85,8 @@ export interface AgentParts {
   readonly keys: Keys;
   readonly table: RouteTable;
   readonly routes: RouteFollower;
+  /** Follows everything, for those who list or watch more than this node is interested in; to be closed after use. */
+  readonly openAll: () => RouteFollower;
   readonly environment: Environment;
   readonly engine: ContainerEngine;
   readonly files: Files;
@@ -263,6 +265,7 @@ export class Agent implements NodeControl {
       const { kv, keys, network, routes, table } = this.#parts;
       const config = this.#registered?.network ?? (await ensureConfig(kv, keys, network));
       const { service, revision } = await applyService(kv, keys, config, descriptor);
+      await this.#known(service.id);
       await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
       return viewService(service, table.instancesOf(service.id).length);
     });
@@ -272,34 +275,38 @@ export class Agent implements NodeControl {
     return this.#alone(async () => {
       const { kv, keys, routes } = this.#parts;
       const config = this.#registered?.network ?? (await ensureConfig(kv, keys, this.#parts.network));
+      await this.#known(service);
       const revision = await deleteService(kv, keys, config, service);
       await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
     });
   }
 
-  nodes(): Listing<NodeView> {
-    const { table, routes, keys } = this.#parts;
+  async nodes(): Promise<Listing<NodeView>> {
+    const { keys } = this.#parts;
+    const { table, problems } = await this.#everything();
     const items = [...table.nodes()].map(viewNode).sort((a, b) => a.node.localeCompare(b.node));
-    return { items, problems: viewProblems(routes.problems, keys.prefix('nodes')) };
+    return { items, problems: viewProblems(problems, keys.prefix('nodes')) };
   }
 
-  services(): Listing<ServiceView> {
-    const { table, routes, keys } = this.#parts;
+  async services(): Promise<Listing<ServiceView>> {
+    const { keys } = this.#parts;
+    const { table, problems } = await this.#everything();
     const items = [...table.services()]
       .map((service) => viewService(service, table.instancesOf(service.id).length))
       .sort((a, b) => a.service.localeCompare(b.service));
-    return { items, problems: viewProblems(routes.problems, keys.prefix('services')) };
+    return { items, problems: viewProblems(problems, keys.prefix('services')) };
   }
 
-  instances(): Listing<InstanceView> {
-    const { table, routes, keys } = this.#parts;
+  async instances(): Promise<Listing<InstanceView>> {
+    const { keys } = this.#parts;
+    const { table, problems } = await this.#everything();
     const items = [...table.instances()]
       .map(viewInstance)
       .sort((a, b) => a.service.localeCompare(b.service) || a.instance - b.instance);
-    return { items, problems: viewProblems(routes.problems, keys.prefix('instances')) };
+    return { items, problems: viewProblems(problems, keys.prefix('instances')) };
   }
 
-  resolve(text: string): { name: string; address: string; instances: InstanceView[] } {
+  async resolve(text: string): Promise<{ name: string; address: string; instances: InstanceView[] }> {
     const { table } = this.#parts;
     const words = (): string | undefined =>
       explainInWords(
@@ -309,6 +316,7 @@ export class Agent implements NodeControl {
     const parsed = parseName(text);
     if (!parsed.ok) throw new EdgewayError(parsed.error.code, words() ?? parsed.error.message);
     const name = parsed.value;
+    await this.#known(name.service);
     if (!table.synced)
       throw new EdgewayError(
         'coordination_unavailable',
@@ -354,6 +362,12 @@ export class Agent implements NodeControl {
     };
   }
 
+  /** Whether flows may still use a service although nobody asks for it any more. */
+  busy(service: ServiceId): boolean {
+    const node = this.#registered;
+    return node !== undefined && node.loop.flows() > 0 && node.steering.choices(service).length > 0;
+  }
+
   counters(): Readonly<Record<string, number>> {
     const node = this.#registered;
     if (node === undefined) return {};
@@ -366,13 +380,15 @@ export class Agent implements NodeControl {
     };
   }
 
-  explain(text: string): ExplainView {
+  async explain(text: string): Promise<ExplainView> {
     const { table } = this.#parts;
     const { steering } = this.#node();
     const address = parseIpv4(text);
+    if (address.ok) await this.#parts.routes.askAddress(address.value);
     const name = address.ok ? table.nameOf(address.value) : unwrap(parseName(text));
     if (name === undefined)
       throw new EdgewayError('not_found', `${text}: no service or instance that this node knows has it`);
+    await this.#known(name.service);
     const policy = 'policy' in name ? name.policy : 'roundrobin';
     const explanation = steering.explain(name.service, policy);
     const service = table.service(name.service);
@@ -386,8 +402,11 @@ export class Agent implements NodeControl {
   }
 
   watch(listener: (change: Change) => void): () => void {
-    const { table, routes } = this.#parts;
-    return routes.onDelta((delta) => {
+    const own = this.#parts.routes;
+    const routes = own.interests === undefined ? own : this.#parts.openAll();
+    const { table } = routes;
+    const end = routes.onDelta((delta) => {
+      if (!table.synced) return;
       for (const id of delta.services) {
         const service = table.service(id);
         const instances = table.instancesOf(id);
@@ -403,6 +422,47 @@ export class Agent implements NodeControl {
         listener({ kind: 'node', name: id, node: node === undefined ? null : viewNode(node) });
       }
     });
+    return () => {
+      end();
+      if (routes !== own) void routes.close();
+    };
+  }
+
+  /** The whole platform: this node's own table when it follows everything or etcd is away, else a fresh listing. */
+  async #everything(): Promise<Pick<RouteFollower, 'table' | 'problems'>> {
+    const { routes } = this.#parts;
+    if (routes.interests === undefined || !routes.live) return routes;
+    const all = this.#parts.openAll();
+    try {
+      await all.synced(limits.READ_YOUR_WRITES_MS);
+      return { table: all.table, problems: new Map(all.problems) };
+    } finally {
+      await all.close();
+    }
+  }
+
+  /** Follows a service and waits, not for long, until the table can say whether there is one. */
+  async #known(service: ServiceId): Promise<void> {
+    const { routes, timers } = this.#parts;
+    const told = routes.ask(service);
+    if (told === undefined) return;
+    let cancel = (): void => {};
+    const late = new Promise<void>((resolve) => {
+      cancel = timers.after(limits.DNS_LOOKUP_WAIT_MS, resolve);
+    });
+    await Promise.race([told, late]);
+    cancel();
+  }
+
+  /** What the instances here are and declare to need is followed for as long as they run. */
+  #pin(): void {
+    const { routes, table } = this.#parts;
+    const services = new Set<ServiceId>();
+    for (const { service } of this.#hosted.values()) {
+      services.add(service);
+      for (const need of table.service(service)?.descriptor.needs ?? []) services.add(need);
+    }
+    routes.pin(services);
   }
 
   // ---- joining ----
@@ -654,8 +714,11 @@ export class Agent implements NodeControl {
 
     undo.push('hosted instance', async () => {
       this.#hosted.delete(id);
+      this.#pin();
     });
     this.#hosted.set(id, hosted);
+    this.#pin();
+    await this.#known(service);
     const published = this.#instanceOf(hosted, node.claim);
     const lease = await node.presence.held(limits.READ_YOUR_WRITES_MS);
     const revision = await publishInstance(kv, keys, node.claim.subnet, published, lease);
@@ -674,6 +737,7 @@ export class Agent implements NodeControl {
     const { service, instance, namespaceIp } = hosted;
     const id = hostedKey(service, instance);
     this.#hosted.delete(id);
+    this.#pin();
     node.steering.discharge(id);
     await this.#writeState();
     const held = { service, instance, node: config.node, instanceIp: hosted.instanceIp };
@@ -746,6 +810,11 @@ export class Agent implements NodeControl {
     const node = this.#registered;
     if (node === undefined) return;
     for (const service of delta.services) this.#projectService(node, service);
+    for (const { service } of this.#hosted.values())
+      if (delta.services.has(service)) {
+        this.#pin();
+        break;
+      }
     node.steering.routesChanged(delta.services, delta.nodes.size > 0);
     node.names.changed(delta);
     node.northSouth.update();
@@ -767,6 +836,9 @@ export class Agent implements NodeControl {
   #loopReported(report: ProxyReport): void {
     this.#registered?.steering.report(report);
     if (report.kind === 'notice') this.#log.warn({ reason: report.text }, 'the packet loop goes on without');
+    const { routes } = this.#parts;
+    if (report.kind === 'miss') void routes.askAddress(report.address);
+    if (report.kind === 'chosen') for (const { service } of report.choices) void routes.ask(service);
     if (report.kind !== 'stopped' || this.#stopping) return;
     this.#log.error({ reason: report.error ?? 'without a reason' }, 'the packet loop ended');
   }

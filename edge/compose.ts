@@ -1,12 +1,15 @@
 // The agent's composition root. Above the line everything only reads settings; below it the world is touched:
 // etcd, the host, sockets, the packet loop, signals.
 import { randomBytes, randomInt } from 'node:crypto';
+import { readFileSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import process from 'node:process';
 import { serve } from '#serve';
+import { ownerOf } from '../coordinator/claims.ts';
 import { connectEtcd } from '../coordinator/etcd/client.ts';
-import { Keyspace } from '../coordinator/keyspace.ts';
+import { Keyspace, type KeyspaceListener } from '../coordinator/keyspace.ts';
+import { startRoles } from '../coordinator/roles.ts';
 import { formatIpv4 } from '../src/addr.ts';
 import { toEdgewayError } from '../src/error.ts';
 import { Keys } from '../src/keys.ts';
@@ -28,7 +31,7 @@ import { hostFiles } from './io/files.ts';
 import { createLogger } from './io/log.ts';
 import { startPacketLoop } from './io/packet_loop.ts';
 import { hostVitals } from './io/vitals.ts';
-import { RouteFollower } from './routes/follow.ts';
+import { type InterestOptions, RouteFollower } from './routes/follow.ts';
 import { RouteTable } from './routes/table.ts';
 
 const RESTORE_RETRY_MS = 2_000;
@@ -51,7 +54,7 @@ function networkFor(config: AgentConfig, underlayMtu: number): NetworkConfig {
 export async function runAgent(flags: SettingValues, version: string): Promise<void> {
   let config: AgentConfig;
   try {
-    config = parseConfig(flags, process.env, hostname());
+    config = parseConfig(flags, process.env, hostname(), (path) => readFileSync(path, 'utf8'));
   } catch (thrown) {
     process.stderr.write(`edgeway agent: ${toEdgewayError(thrown).message}\n`);
     process.exitCode = 2;
@@ -111,17 +114,24 @@ async function start(
     closers.push(() => etcd.stop());
     endpoints.push(etcd.endpoint);
   }
-  const kv = connectEtcd({ endpoints, log });
+  const credentials = config.credentials === undefined ? {} : { credentials: config.credentials };
+  const kv = connectEtcd({ endpoints, log, ...credentials });
   closers.push(() => kv.close());
 
   const keys = new Keys(config.root);
   const table = new RouteTable();
-  const routes = new RouteFollower({
-    keys,
-    table,
-    open: (listener) => new Keyspace(kv, keys, log, listener),
-    after: systemTimers.after,
-  });
+  const open = (listener: KeyspaceListener): Keyspace => new Keyspace(kv, keys, log, listener);
+  const { after } = systemTimers;
+  const interest: InterestOptions = {
+    idleMs: config.interestIdleS * 1_000,
+    negativeMs: limits.INTEREST_NEGATIVE_MS,
+    max: limits.INTERESTS_MAX,
+    now: () => systemClock.monotonicMs(),
+    ownerOf: async (address) => (await ownerOf(kv, keys, address))?.service,
+    busy: (service) => agent.busy(service),
+  };
+  const needed = config.follow === 'needed' ? { interest } : {};
+  const routes = new RouteFollower({ keys, table, open, after, ...needed });
   closers.push(() => routes.close());
 
   const environment = new Environment({
@@ -139,6 +149,7 @@ async function start(
     keys,
     table,
     routes,
+    openAll: () => new RouteFollower({ keys, open, after }),
     environment,
     engine: dockerEngine(config.dockerSocket === undefined ? {} : { socketPath: config.dockerSocket }),
     files: hostFiles,
@@ -159,6 +170,13 @@ async function start(
     version,
   });
   closers.push(() => agent.stop());
+  if (config.roles.length > 0) {
+    const { roles, cluster, node: holder } = config;
+    const time = { monotonicMs: () => systemClock.monotonicMs(), after };
+    const network = networkFor(config, underlay.mtu);
+    const running = startRoles({ kv, keys, time, random: Math.random, log, holder, roles, cluster, network });
+    closers.push(() => running.stop());
+  }
 
   const server = await serve(createApp(agent, log, version).fetch, config.api);
   closers.push(() => server.stop());

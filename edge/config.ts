@@ -1,5 +1,8 @@
 // The agent's settings: flags win over environment, environment over defaults; one frozen value, validated once.
 // Every error names the flag, the value and the rule. Nothing here touches the host.
+import type { EtcdCredentials } from '../coordinator/etcd/client.ts';
+import { parseCredentials } from '../coordinator/etcd/credentials.ts';
+import { parseRoles, type Role } from '../coordinator/roles.ts';
 import { type Cidr, type Ipv4, parseCidr, parseIpv4 } from '../src/addr.ts';
 import { EdgewayError, unwrap } from '../src/error.ts';
 import { checkId, DEFAULT_ROOT } from '../src/keys.ts';
@@ -27,6 +30,13 @@ export interface AgentConfig {
   readonly nsp: number;
   /** Empty: a private etcd of the agent's own. */
   readonly etcd: readonly string[];
+  readonly credentials?: EtcdCredentials;
+  /** Roles of the platform that this agent offers to hold. */
+  readonly roles: readonly Role[];
+  /** What the agent follows: all services, or those that its instances are, declare or ask for. */
+  readonly follow: 'needed' | 'all';
+  /** How long an interest outlives its last use. */
+  readonly interestIdleS: number;
   readonly root: string;
   readonly dataDir: string;
   readonly api: ApiAddress;
@@ -62,6 +72,25 @@ export const SETTINGS = {
   ewp: { hint: 'PORT', help: 'east-west port: UDP port of the tunnel', default: String(limits.EWP_DEFAULT) },
   nsp: { hint: 'PORT', help: 'north-south port, 0 for none', default: '0' },
   etcd: { hint: 'LIST', help: 'etcd endpoints, comma-separated (default: a private etcd on loopback)' },
+  'etcd-user': {
+    hint: 'NAME',
+    help: 'etcd user; its password comes from EDGEWAY_ETCD_PASSWORD or --etcd-password-file',
+  },
+  'etcd-password-file': { hint: 'FILE', help: "file with the etcd user's password" },
+  'etcd-ca': { hint: 'FILE', help: 'CA certificate of etcd: turns TLS on' },
+  'etcd-cert': { hint: 'FILE', help: 'client certificate for etcd' },
+  'etcd-key': { hint: 'FILE', help: 'key of the client certificate' },
+  roles: { hint: 'LIST', help: 'roles to hold when nobody does: root, cluster', default: '' },
+  follow: {
+    hint: 'needed|all',
+    help: 'follow the services that instances here are, declare or ask for, or all of them',
+    default: 'needed',
+  },
+  'interest-idle': {
+    hint: 'SECONDS',
+    help: 'how long a service that was asked for is followed after its last use',
+    default: String(limits.INTEREST_IDLE_MS / 1000),
+  },
   root: { hint: 'PREFIX', help: 'prefix of the keyspace', default: DEFAULT_ROOT },
   'data-dir': { hint: 'DIR', help: 'state that survives a restart', default: '/var/lib/edgeway' },
   api: {
@@ -134,6 +163,9 @@ export function parseConfig(
   flags: SettingValues,
   environment: Readonly<Record<string, string | undefined>>,
   hostname: string,
+  readFile: (path: string) => string = () => {
+    throw new Error('files are not read here');
+  },
 ): AgentConfig {
   const given = (setting: SettingName): string | undefined => {
     const value = flags[setting] ?? environment[environmentName(setting)];
@@ -145,6 +177,9 @@ export function parseConfig(
         | 'cluster'
         | 'ewp'
         | 'nsp'
+        | 'roles'
+        | 'follow'
+        | 'interest-idle'
         | 'root'
         | 'data-dir'
         | 'api'
@@ -209,6 +244,22 @@ export function parseConfig(
   const tun = link('tun');
   if (bridge === tun) throw bad('tun', tun, 'must differ from --bridge');
 
+  const follow = value('follow');
+  if (follow !== 'needed' && follow !== 'all') throw bad('follow', follow, 'must be needed or all');
+  const roles = parseRoles(value('roles'));
+  if (!roles.ok) throw bad('roles', value('roles'), roles.error.message);
+  const credentials = parseCredentials(
+    {
+      user: given('etcd-user'),
+      password: environment['EDGEWAY_ETCD_PASSWORD'],
+      passwordFile: given('etcd-password-file'),
+      ca: given('etcd-ca'),
+      cert: given('etcd-cert'),
+      key: given('etcd-key'),
+    },
+    readFile,
+  );
+
   return Object.freeze({
     // A host name may have capitals and dots; ids are lower case.
     node: id('node', given('node') ?? hostname.toLowerCase()),
@@ -217,6 +268,10 @@ export function parseConfig(
     ewp: integer('ewp', value('ewp'), 1, 65_535),
     nsp: integer('nsp', value('nsp'), 0, 65_535),
     etcd: list('etcd'),
+    ...(credentials === undefined ? {} : { credentials }),
+    roles: roles.value,
+    follow,
+    interestIdleS: integer('interest-idle', value('interest-idle'), 60, 31_536_000),
     root,
     dataDir: value('data-dir'),
     api: parseApiAddress(value('api')),

@@ -32,6 +32,13 @@ const agentCommand = defineCommand({
   },
 });
 
+/** Its flags are its own; `edgeway coordinator --help` prints them. */
+const coordinatorCommand = (run: (argv: readonly string[]) => Promise<void>) =>
+  defineCommand({
+    meta: { name: 'coordinator', description: 'hold the root and cluster roles without being a node' },
+    run: ({ rawArgs }) => run(rawArgs),
+  });
+
 const restoreResolverCommand = defineCommand({
   meta: {
     name: 'restore-resolver',
@@ -83,6 +90,7 @@ await runMain(
     meta: { name: 'edgeway', version: packageJson.version, description: packageJson.description },
     subCommands: {
       agent: agentCommand,
+      coordinator: async () => coordinatorCommand((await import('../coordinator/command.ts')).runCoordinator),
       get: async () => (await commands()).getCommand,
       apply: async () => (await commands()).applyCommand,
       delete: async () => (await commands()).deleteCommand,

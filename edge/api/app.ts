@@ -57,6 +57,9 @@ export type Change =
     }
   | { readonly kind: 'node'; readonly name: string; readonly node: NodeView | null };
 
+/** What the node has at hand, or must ask the store for. */
+type Awaitable<T> = T | Promise<T>;
+
 /** What the API asks of the node. Every method rejects with an EdgewayError. */
 export interface NodeControl {
   /** `subnetwork` as the caller wrote it; undefined = any free subnet. */
@@ -66,12 +69,12 @@ export interface NodeControl {
   undeploy(service: ServiceId, instance: number | undefined): Promise<void>;
   apply(parsed: ParsedDescriptor): Promise<ServiceView>;
   deleteService(service: ServiceId): Promise<void>;
-  nodes(): Listing<NodeView>;
-  services(): Listing<ServiceView>;
-  instances(): Listing<InstanceView>;
-  resolve(name: string): Answer<typeof resolveAnswer>;
+  nodes(): Awaitable<Listing<NodeView>>;
+  services(): Awaitable<Listing<ServiceView>>;
+  instances(): Awaitable<Listing<InstanceView>>;
+  resolve(name: string): Awaitable<Answer<typeof resolveAnswer>>;
   /** A name or an address. */
-  explain(text: string): ExplainView;
+  explain(text: string): Awaitable<ExplainView>;
   status(): Answer<typeof statusAnswer>;
   /** Told of every change of the routing table from now on; the answer ends it. */
   watch(listener: (change: Change) => void): () => void;
@@ -180,7 +183,7 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       summary: 'Nodes that are present.',
       responses: { 200: json(listing(nodeAnswer), 'all of them') },
     }),
-    (c) => c.json(node.nodes()),
+    async (c) => c.json(await node.nodes()),
   );
   api.get(
     '/services',
@@ -188,7 +191,7 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       summary: 'Services and their addresses.',
       responses: { 200: json(listing(serviceAnswer), 'all of them') },
     }),
-    (c) => c.json(node.services()),
+    async (c) => c.json(await node.services()),
   );
   api.post(
     '/services',
@@ -216,7 +219,7 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       summary: 'Instances that are present.',
       responses: { 200: json(listing(instanceAnswer), 'all of them') },
     }),
-    (c) => c.json(node.instances()),
+    async (c) => c.json(await node.instances()),
   );
   api.post(
     '/instances',
@@ -249,11 +252,11 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       parameters: [{ name: 'name', in: 'query', required: true, schema: { type: 'string' } }],
       responses: { 200: json(resolveAnswer, 'the address, and the instances behind it'), default: failure },
     }),
-    (c) => {
+    async (c) => {
       const name = c.req.query('name');
       if (name === undefined || name === '')
         throw new EdgewayError('invalid_request', 'query: "name" is missing');
-      return c.json(node.resolve(name));
+      return c.json(await node.resolve(name));
     },
   );
   api.get(
@@ -266,11 +269,11 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
         default: failure,
       },
     }),
-    (c) => {
+    async (c) => {
       const of = c.req.query('of');
       if (of === undefined || of === '')
         throw new EdgewayError('invalid_request', 'query: "of" is missing: a name or an address');
-      return c.json(node.explain(of));
+      return c.json(await node.explain(of));
     },
   );
   api.get(

@@ -208,6 +208,23 @@ export class RouteFollower {
     }
   }
 
+  /** Resolves when the first listing of everything that is followed is complete; rejects `timeout`. */
+  synced(timeoutMs: number): Promise<void> {
+    if (this.table.synced) return Promise.resolve();
+    return new Promise((resolve, reject) => {
+      const end = this.onDelta(() => {
+        if (!this.table.synced) return;
+        cancel();
+        end();
+        resolve();
+      });
+      const cancel = this.#after(timeoutMs, () => {
+        end();
+        reject(new EdgewayError('timeout', `the keyspace was not listed within ${timeoutMs} ms`));
+      });
+    });
+  }
+
   /**
    * Resolves when the table shows the write that had this revision (read your writes); at once for 0. Rejects
    * `timeout`. The write must have touched something that is followed.
