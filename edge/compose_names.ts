@@ -74,7 +74,7 @@ export async function startNames(options: NamesOptions): Promise<NameServer> {
       const { aliases } = config.lan;
       const mdns = await startMdns({ ...lan, table, log, clock, interface: config.lan.interface, aliases });
       undo.push('lan', () => mdns.stop());
-      counters.push(() => prefixed('lan_', mdns.counters()));
+      counters.push(() => onLan(mdns.counters()));
       listeners.push((services) => mdns.changed(services));
       // Nobody asks for the service by its own name there; it must be known all the same.
       for (const { service } of aliases) void options.onLookup?.(service)?.catch(() => {});
@@ -106,8 +106,11 @@ export async function startNames(options: NamesOptions): Promise<NameServer> {
   });
 }
 
-function prefixed(prefix: string, counters: Readonly<Record<string, number>>): Record<string, number> {
-  return Object.fromEntries(Object.entries(counters).map(([name, value]) => [prefix + name, value]));
+/** A LAN's counters apart from the bridge's. */
+function onLan(counters: Readonly<Record<string, number>>): Record<string, number> {
+  return Object.fromEntries(
+    Object.entries(counters).map(([name, value]) => [name.replace(/^mdns_/, 'mdns_lan_'), value]),
+  );
 }
 
 /** The first address of a link and its prefix. */

@@ -158,6 +158,8 @@ export const DNS_TCP_CLIENTS_MAX = 128;
 export const DNS_TCP_IDLE_MS = 10_000;
 /** Questions of one TCP client that may wait for an answer (RFC 7766 §6.2.1.1 pipelining). */
 export const DNS_TCP_PIPELINE_MAX = 64;
+/** Answers, in octets, that one TCP client may leave unread before it is not listened to; 128 of them make 8 MiB. */
+export const DNS_TCP_UNREAD_MAX = 64 * 1024;
 
 /** How often the host's resolv.conf is looked at while ours stands there. */
 export const HOST_RESOLVER_CHECK_MS = 5_000;

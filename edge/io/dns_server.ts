@@ -12,6 +12,7 @@ import {
   DNS_TCP_CLIENTS_MAX,
   DNS_TCP_IDLE_MS,
   DNS_TCP_PIPELINE_MAX,
+  DNS_TCP_UNREAD_MAX,
 } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { parseName, type ServiceId } from '../../src/name.ts';
@@ -61,7 +62,7 @@ export interface DnsServerOptions {
 
 export interface DnsServer {
   readonly port: number;
-  /** Cumulative since start. */
+  /** Cumulative since start; every name begins with `dns_`. */
   counters(): Record<string, number>;
   /** Closes both sockets and every client; resolves when they are closed. Repeating it is harmless. */
   stop(): Promise<void>;
@@ -232,7 +233,8 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
       while (received.length >= 2 && !socket.destroyed) {
         const length = received.readUInt16BE(0);
         if (received.length < 2 + length) break;
-        if (waiting >= DNS_TCP_PIPELINE_MAX) {
+        // A client that asks and does not read must not make us hold its answers.
+        if (waiting >= DNS_TCP_PIPELINE_MAX || socket.writableLength > DNS_TCP_UNREAD_MAX) {
           socket.pause();
           return;
         }
@@ -254,11 +256,16 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
           )
           .finally(() => {
             waiting--;
-            if (socket.isPaused()) socket.resume();
-            drain();
+            goOn();
           });
       }
     };
+    const goOn = (): void => {
+      if (socket.writableLength > DNS_TCP_UNREAD_MAX) return;
+      if (socket.isPaused()) socket.resume();
+      drain();
+    };
+    socket.on('drain', goOn);
     socket.on('data', (chunk: Buffer) => {
       // At most one partial message plus what one read brings is held.
       received = received.length === 0 ? chunk : Bytes.concat([received, chunk]);
@@ -281,7 +288,10 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
   let ended: Promise<void> | undefined;
   return {
     port,
-    counters: () => ({ ...counters, ...forwarder.counters }),
+    counters: () =>
+      Object.fromEntries(
+        Object.entries({ ...counters, ...forwarder.counters }).map(([name, value]) => [`dns_${name}`, value]),
+      ),
     stop() {
       stopped = true;
       ended ??= (async () => {

@@ -61,7 +61,11 @@ export interface AliasOptions {
 }
 
 export class AliasClaims {
-  readonly counters: Record<string, number> = { alias_held: 0, alias_conflicts: 0, alias_probes: 0 };
+  readonly counters: Record<string, number> = {
+    mdns_alias_held: 0,
+    mdns_alias_conflicts: 0,
+    mdns_alias_probes: 0,
+  };
   readonly #table: NameTable;
   readonly #address: Ipv4;
   readonly #rng: Rng;
@@ -139,7 +143,7 @@ export class AliasClaims {
         }
         claim.phase = 'held';
         claim.sent = 0;
-        this.counters['alias_held']!++;
+        this.counters['mdns_alias_held']!++;
       }
       if (claim.phase === 'held' && claim.sent < 2) {
         this.#say(claim, DNS_TTL_S);
@@ -156,7 +160,7 @@ export class AliasClaims {
       const claim = this.#claims.get(record.name.toLowerCase());
       if (claim === undefined || (claim.phase !== 'probing' && claim.phase !== 'held')) continue;
       if ((record.ttl ?? 0) === 0 || record.data === formatIpv4(this.#address)) continue;
-      this.counters['alias_conflicts']!++;
+      this.counters['mdns_alias_conflicts']!++;
       claim.phase = 'yielded';
       claim.dueMs = nowMs + Math.round(this.#rng.jitter(AGAIN_MS, 0.25));
     }
@@ -194,7 +198,7 @@ export class AliasClaims {
   }
 
   #sendProbe({ alias }: Claim): void {
-    this.counters['alias_probes']!++;
+    this.counters['mdns_alias_probes']!++;
     this.#output.push({
       type: 'query',
       id: 0,

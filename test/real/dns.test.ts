@@ -51,7 +51,7 @@ test('startDnsServer answers dig over UDP and over TCP', async () => {
       counters: Record<string, number>;
     };
     assert.ok(told.asked['shop.prod.cart.v1']! >= 5);
-    assert.ok(told.counters['queries_tcp']! >= 3);
+    assert.ok(told.counters['dns_queries_tcp']! >= 3);
   });
 });
 
@@ -130,7 +130,7 @@ test('avahi-resolve finds a two-label alias on a LAN, and not the names of the b
   await withResolver({ alias: 'cart.local' }, async (talker) => {
     await until('the alias to be held', async () => {
       const told = (await talker.ask({})) as { counters: Record<string, number> };
-      return told.counters['alias_held'] === 1;
+      return told.counters['mdns_alias_held'] === 1;
     });
     assert.match((await visitor.run(['avahi-resolve', '-4', '-n', 'cart.local'])).stdout, '172.16.0.65');
     assert.is((await visitor.run(['avahi-resolve', '-4', '-n', NAME], { limitMs: 15_000 })).stdout, '');

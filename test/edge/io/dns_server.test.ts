@@ -102,7 +102,7 @@ test('startDnsServer answers the same over UDP, repeated UDP and TCP', async () 
       assert.is(said(packet), '172.30.0.2');
       assert.is(packet!.id, 100 + i);
     }
-    assert.is(server.counters()['fast'], 2);
+    assert.is(server.counters()['dns_fast'], 2);
     const [reply] = await tcp(server.port, [frame(question(CART_ANY, 9))], 1);
     assert.is(said(decode(reply!)), '172.30.0.2');
   });
@@ -197,11 +197,38 @@ test('startDnsServer closes TCP clients that talk nonsense, and bounds how many 
     );
     for (const socket of idle) socket.on('error', () => {});
     const deadline = performance.now() + 5_000;
-    while (server.counters()['tcp_refused']! < 20 && performance.now() < deadline)
+    while (server.counters()['dns_tcp_refused']! < 20 && performance.now() < deadline)
       await new Promise((resolve) => setTimeout(resolve, 10));
     for (const socket of idle) socket.destroy();
-    assert.is(server.counters()['tcp_refused'], 20);
+    assert.is(server.counters()['dns_tcp_refused'], 20);
     assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2');
+  });
+});
+
+test('startDnsServer stops listening to a TCP client that asks and does not read', async () => {
+  await withServer({}, async (server) => {
+    const questions = Buffer.concat(
+      Array.from({ length: 2_000 }, (_, i) => frame(question(CART_ANY, i & 0xffff))),
+    );
+    const socket = connect({ host: '127.0.0.1', port: server.port });
+    socket.on('error', () => {});
+    socket.pause();
+    try {
+      const asked = (): number => server.counters()['dns_queries_tcp']!;
+      let seen = -1;
+      let isFull = false;
+      // Until it takes no more: the kernel's buffers both ways, then ours, are full.
+      for (let rounds = 0; rounds < 300 && !isFull; rounds++) {
+        seen = asked();
+        if (socket.writableLength < 2 ** 20) socket.write(questions);
+        await new Promise((resolve) => setTimeout(resolve, 50));
+        isFull = asked() === seen && socket.writableLength >= 2 ** 20;
+      }
+      assert.ok(isFull, `${seen} questions were answered and it still listened`);
+      assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2');
+    } finally {
+      socket.destroy();
+    }
   });
 });
 
@@ -244,7 +271,7 @@ test('startDnsServer survives 100,000 hostile datagrams: it answers right afterw
       for (const record of decode(bytes).answers ?? [])
         if (record.type === 'A' && !/^172\.30\.(0\.[123]|1\.[12])$/.test(record.data)) wrong++;
     });
-    const arrived = (): number => server.counters()['queries_udp']!;
+    const arrived = (): number => server.counters()['dns_queries_udp']!;
     const rssAt = (): number => process.memoryUsage().rss / 2 ** 20;
     let before = 0;
     for (let i = 0; i < 100_000; i++) {

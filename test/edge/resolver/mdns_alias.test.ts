@@ -93,7 +93,7 @@ test('AliasClaims gives up an alias that somebody else has, tries again a minute
   second.claims.changed(3_000);
   lan([first, second], 3_000, 6_000);
   assert.ok(held(first) && !held(second));
-  assert.is(second.claims.counters['alias_conflicts'], 1);
+  assert.is(second.claims.counters['mdns_alias_conflicts'], 1);
   first.claims.goodbye();
   const lines = lan([first, second], 6_000, 90_000);
   assert.ok(!held(first) && held(second), lines.join('\n'));
