@@ -61,9 +61,12 @@ interface Ours {
   readonly data: string;
 }
 
-interface Held {
+interface Spoken {
   readonly ours: Ours;
   readonly additionals: readonly Ours[];
+}
+
+interface Held extends Spoken {
   readonly dueMs: number;
   /** Set while the asker may still send known answers. */
   readonly from?: string;
@@ -146,6 +149,7 @@ export class MdnsResponder {
     const more = packet.flag_tc === true && !legacy;
     const now: Ours[] = [];
     const extra = new Map<string, Ours>();
+    const spoken = new Map<string, Spoken>();
     for (const question of questions) {
       const klass = classOf(question.class as string | undefined);
       if ((klass & ~QU) !== CLASS_IN && (klass & ~QU) !== CLASS_ANY) continue;
@@ -166,9 +170,10 @@ export class MdnsResponder {
         const free = (sent ?? Number.NEGATIVE_INFINITY) + (probe ? DEFEND_MS : AGAIN_MS);
         if (more) this.#hold(ours, additionals, Math.max(free, nowMs + this.#longWait()), from.address);
         else if (free > nowMs) this.#hold(ours, additionals, free);
-        else this.#multicast([ours], additionals, nowMs);
+        else spoken.set(ours.key, { ours, additionals });
       }
     }
+    this.#multicast([...spoken.values()], nowMs);
     if (now.length > 0) this.#unicast(packet, from, now, [...extra.values()], legacy, nowMs);
   }
 
@@ -220,11 +225,13 @@ export class MdnsResponder {
 
   /** Sends what is due. */
   handleTimeout(nowMs: number): void {
-    for (const [key, { ours, additionals, dueMs }] of this.#held) {
-      if (dueMs > nowMs) continue;
+    const spoken: Spoken[] = [];
+    for (const [key, held] of this.#held) {
+      if (held.dueMs > nowMs) continue;
       this.#held.delete(key);
-      if (this.#isCurrent(ours)) this.#multicast([ours], additionals, nowMs);
+      if (this.#isCurrent(held.ours)) spoken.push(held);
     }
+    this.#multicast(spoken, nowMs);
     if (this.#burstAtMs > nowMs) return;
     const due: Ours[] = [];
     while (this.#announcements.length > 0 && this.#announcements[0]!.dueMs <= nowMs) {
@@ -337,17 +344,25 @@ export class MdnsResponder {
     return KNOWN_MORE_MS + this.#rng.below(101);
   }
 
-  #multicast(records: readonly Ours[], additionals: readonly Ours[], nowMs: number): void {
-    for (const { key, record } of records) {
-      this.#remember(key, nowMs);
+  /** Several answers share messages (§6: "aggregate as many responses as possible"). */
+  #multicast(spoken: readonly Spoken[], nowMs: number): void {
+    const additionals = new Map<string, Ours>();
+    for (const { ours, additionals: more } of spoken) {
+      this.#remember(ours.key, nowMs);
+      for (const other of more) additionals.set(other.key, other);
+      const { record } = ours;
       if (record.type !== 'A') continue;
       const name = (record as { name: string }).name.toLowerCase();
       const parsed = parseName(name);
       const address = this.#addressOf(name);
       if (parsed.ok && address !== undefined) this.#publish({ service: parsed.value.service, name, address });
     }
-    this.counters['mdns_multicast']!++;
-    this.#emit(records, additionals);
+    for (const { ours } of spoken) additionals.delete(ours.key);
+    for (const part of packed(spoken.map(({ ours }) => ours))) {
+      this.counters['mdns_multicast']!++;
+      this.#emit(part, packed([...additionals.values()]).next().value ?? []);
+      additionals.clear();
+    }
   }
 
   #addressOf(name: string): Ipv4 | undefined {
@@ -399,8 +414,9 @@ export class MdnsResponder {
         id: legacy ? (packet.id ?? 0) : 0,
         flags: AUTHORITATIVE_ANSWER,
         questions: questions.map(({ name, type }) => ({ name, type, class: 'IN' })),
-        answers: records.map(dress),
-        additionals: additionals.map(dress),
+        // What does not fit one frame is left out: the asker may ask for it by type.
+        answers: (packed(records).next().value ?? []).map(dress),
+        additionals: (packed(additionals).next().value ?? []).map(dress),
       },
     });
   }
@@ -493,12 +509,14 @@ function knownAnswers(packet: DecodedPacket): ReadonlyMap<string, string> {
   return known;
 }
 
-/** Cuts a list into parts that fit one message each; 12 octets are a record's fixed part and its name's ends. */
-function* packed(records: readonly Ours[]): Generator<readonly Ours[]> {
+/** Cuts a list into parts that fit one message each. A record is its name, 12 octets, and data of at most 8 octets
+ *  and the name once more (SRV, NSEC). */
+function* packed(records: readonly Ours[]): Generator<readonly Ours[], undefined> {
   let part: Ours[] = [];
   let size = 0;
   for (const ours of records) {
-    const octets = (ours.record as { name: string }).name.length + 12 + 4;
+    const name = (ours.record as { name: string }).name.length + 2;
+    const octets = 10 + name + (ours.record.type === 'A' ? 4 : 8 + name);
     if (size + octets > MDNS_RECORDS_BYTES_MAX && part.length > 0) {
       yield part;
       part = [];
@@ -508,4 +526,5 @@ function* packed(records: readonly Ours[]): Generator<readonly Ours[]> {
     size += octets;
   }
   if (part.length > 0) yield part;
+  return undefined;
 }

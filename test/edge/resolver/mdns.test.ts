@@ -168,6 +168,19 @@ test('handleQuery multicasts a record at most once a second; the second asker is
   assert.is(mdns.deadline(), undefined);
 });
 
+test('handleQuery puts all answers of a message into as few messages as hold them', () => {
+  const { table, mdns, said } = bench();
+  const ports = Array.from({ length: 40 }, (_, i) => 9000 + i);
+  table.putService(service('shop.prod.many.v1', '172.30.7.1', ports));
+  const many = 'shop.prod.many.v1.any.closest.local';
+  mdns.handleQuery(query([{ name: many, type: 'SRV' }, ...A]), PEER, 0);
+  const lines = said();
+  assert.is(lines.join('').split('SRV shop').length - 1, 40);
+  assert.ok(lines.length <= 4, `${lines.length} messages`);
+  mdns.handleQuery(query([{ name: many, type: 'ANY' }], { id: 3 }), LEGACY, 0);
+  assert.is(said().length, 1);
+});
+
 test('handleQuery answers a probe by unicast at once, or by multicast after a quarter of a second (§8.1, §6)', () => {
   const { mdns, said } = bench();
   const claim: Packet = { authorities: [{ type: 'A', name: CART_ANY, ttl: 120, data: '172.16.0.66' }] };
