@@ -85,6 +85,9 @@ export const TCP_HALF_CLOSED_IDLE_MS = 3_600_000;
 export const TCP_CLOSED_IDLE_MS = 120_000;
 export const TCP_RESET_IDLE_MS = 10_000;
 export const ICMP_IDLE_MS = 30_000;
+/** Ended flows whose late answers are dropped, and for how long: no packet lives longer on any path of ours. */
+export const STRAGGLERS_MAX = 4_096;
+export const STRAGGLER_MS = 10_000;
 /** A flow's place in the eviction order is renewed at most this often: recency to half a second is enough. */
 export const FLOW_TOUCH_MS = 500;
 /** Flows looked at for expiry per tick; 65,536 are seen within 16 s. */

@@ -42,6 +42,20 @@ export class Contacts {
     return slot;
   }
 
+  /** True when it was noted within that time; it is not marked as used. */
+  has(
+    protocol: number,
+    local: number,
+    port: number,
+    instanceIp: number,
+    remotePort: number,
+    withinMs: number,
+    now: number,
+  ): boolean {
+    const slot = this.#index.find(local, instanceIp, (port << 16) | remotePort, protocol);
+    return slot >= 0 && now - this.#usedMs[slot]! <= withinMs;
+  }
+
   isDialled(slot: number): boolean {
     return this.#dialled[slot] === 1;
   }

@@ -37,8 +37,12 @@ export class Flow {
   state: FlowState = FLOW_STATE.opening;
   finOut = false;
   finIn = false;
-  /** Latest acknowledgment number that the client sent: the sequence number at which it takes a RST. */
-  clientAck = 0;
+  /**
+   * Sequence number behind the latest that the server sent, 0 before any: what the client expects next, or, when
+   * something was lost, a number inside its window. It takes a RST at the first, and answers one at the second with an
+   * ACK, which then meets the exact RST (RFC 5961 §3.2).
+   */
+  serverNext = 0;
   /** Next sequence number of the client, for a RST that must acknowledge. */
   clientNext = 0;
   usedMs: number;

@@ -7,7 +7,14 @@
 //
 // Only the client's node keeps flows. A packet whose target lives on this node is left and arrived in one step.
 import { type Ipv4, ipv4 } from '../../src/addr.ts';
-import { CHOICES_PER_REPORT_MAX, MISS_REPORT_MS, MISSES_MAX, PATH_MTU_MS } from '../../src/limits.ts';
+import {
+  CHOICES_PER_REPORT_MAX,
+  MISS_REPORT_MS,
+  MISSES_MAX,
+  PATH_MTU_MS,
+  STRAGGLER_MS,
+  STRAGGLERS_MAX,
+} from '../../src/limits.ts';
 import { Rng } from '../../src/rng.ts';
 import type { Bytes } from '../../src/wire/bytes.ts';
 import { adjust, difference, sum32 } from '../../src/wire/checksum.ts';
@@ -62,6 +69,9 @@ export class ProxyTun {
   readonly #config: ProxyConfig;
   readonly #bridge: number;
   readonly #contacts: Contacts;
+  /** Flows that were ended, on the wire: their stragglers are dropped. */
+  readonly #ended = new Contacts(STRAGGLERS_MAX);
+  #lastEndedMs = Number.NEGATIVE_INFINITY;
   readonly #tracks = new Tracks();
   readonly #rng: Rng;
   readonly #remembered = new Map<number, FlowRecord[]>();
@@ -184,7 +194,7 @@ export class ProxyTun {
         this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.host, 0, now);
         return this.#drop(DROP.unknown_receiver);
       }
-      this.#deliver(bytes, receiver, local.instanceIp, now);
+      if (!this.#deliver(bytes, receiver, local.instanceIp, now)) return this.#drop(DROP.flow_reset);
       this.counters[COUNT.same_node_packets]!++;
     } else if (peer.mtu < this.#config.mtu && !this.#fits(bytes, offset, peer, segment, now)) {
       return this.#drop(DROP.too_big);
@@ -231,7 +241,7 @@ export class ProxyTun {
     to.sourcePort = this.#sourcePort;
     to.targetPort = this.#targetPort;
     to.ttl = 0;
-    this.#deliver(bytes, receiver, this.#source, now);
+    if (!this.#deliver(bytes, receiver, this.#source, now)) return this.#drop(DROP.flow_reset);
     if ((this.#fragment & FLAG_MF) !== 0) this.#note(bytes, offset, undefined, now);
     if (to.source !== this.#source || to.targetPort !== this.#targetPort)
       rewrite(bytes, offset, this.#at, this.#kind, to);
@@ -239,35 +249,42 @@ export class ProxyTun {
   }
 
   /** The receiving half: if a flow of the receiver chose this sender, the packet seems to come from what it dialled.
-   *  Works on #to, whose addresses and ports are those of the wire. */
-  #deliver(bytes: Bytes, receiver: LocalEntry, senderIp: number, now: number): void {
+   *  Works on #to, whose addresses and ports are those of the wire. False: it belongs to a flow that was ended. */
+  #deliver(bytes: Bytes, receiver: LocalEntry, senderIp: number, now: number): boolean {
     const to = this.#to;
     const protocol = this.#protocol;
+    const local = receiver.namespaceIp;
+    let port = to.targetPort;
+    let remotePort = to.sourcePort;
     if (protocol === PROTOCOL.icmp) {
-      const type = bytes.u8[this.#at + ICMP.type];
-      if (type === ICMP_TYPE.echo)
-        this.#contacts.note(protocol, receiver.namespaceIp, to.sourcePort, senderIp, 0, false, now);
-      else {
-        const flow = this.flows.byWire(protocol, receiver.namespaceIp, to.sourcePort, senderIp, 0);
-        if (flow === undefined) return;
-        this.#trackIn(flow, now);
-        to.source = flow.dialled;
-        to.sourcePort = flow.port;
+      if (bytes.u8[this.#at + ICMP.type] === ICMP_TYPE.echo) {
+        this.#contacts.note(protocol, local, to.sourcePort, senderIp, 0, false, now);
+        return true;
       }
-      return;
+      // The identifier is the asker's port.
+      port = to.sourcePort;
+      remotePort = 0;
     }
-    const flow = this.flows.byWire(protocol, receiver.namespaceIp, to.targetPort, senderIp, to.sourcePort);
-    if (flow !== undefined && flow.state !== FLOW_STATE.reset) {
-      this.#trackIn(flow, now);
+    const flow = this.flows.byWire(protocol, local, port, senderIp, remotePort);
+    if (flow !== undefined) {
+      if (flow.state === FLOW_STATE.reset) return false;
+      this.#trackIn(bytes, flow, now);
       to.source = flow.dialled;
-      to.targetPort = flow.port;
-      return;
+      if (protocol === PROTOCOL.icmp) to.sourcePort = flow.port;
+      else to.targetPort = flow.port;
+      return true;
     }
+    const contact =
+      protocol === PROTOCOL.tcp ? -1 : this.#contacts.find(protocol, local, port, senderIp, remotePort, now);
+    if (contact >= 0 && this.#contacts.isDialled(contact)) return true;
     if (
-      protocol === PROTOCOL.udp &&
-      this.#contacts.find(protocol, receiver.namespaceIp, to.targetPort, senderIp, to.sourcePort, now) < 0
+      now - this.#lastEndedMs <= STRAGGLER_MS &&
+      this.#ended.has(protocol, local, port, senderIp, remotePort, STRAGGLER_MS, now)
     )
-      this.#contacts.note(protocol, receiver.namespaceIp, to.targetPort, senderIp, to.sourcePort, false, now);
+      return false;
+    if (contact < 0 && protocol === PROTOCOL.udp)
+      this.#contacts.note(protocol, local, port, senderIp, remotePort, false, now);
+    return true;
   }
 
   // ——— flows ———
@@ -433,16 +450,24 @@ export class ProxyTun {
     const data = this.#total - (this.#at - this.#start) - tcpHeaderLength(bytes, this.#at);
     const extra = (flags & (TCP_SYN | TCP_FIN)) !== 0 ? 1 : 0;
     flow.clientNext = (view.getUint32(this.#at + TCP.sequence) + data + extra) >>> 0;
-    if ((flags & TCP_ACK) !== 0) flow.clientAck = view.getUint32(this.#at + TCP.acknowledgment);
+    // Before the server has spoken through this loop (after a restart) its next number is the one that is expected.
+    if (flow.serverNext === 0 && (flags & TCP_ACK) !== 0)
+      flow.serverNext = view.getUint32(this.#at + TCP.acknowledgment);
     if ((flags & (TCP_FIN | TCP_RST)) === 0) return;
     if ((flags & TCP_FIN) !== 0) flow.finOut = true;
     this.#close(flow);
   }
 
-  #trackIn(flow: Flow, now: number): void {
+  #trackIn(bytes: Bytes, flow: Flow, now: number): void {
     if (flow.state === FLOW_STATE.opening) this.flows.setState(flow, FLOW_STATE.established);
     this.flows.use(flow, now);
-    if (flow.protocol !== PROTOCOL.tcp || (this.#flags & (TCP_FIN | TCP_RST)) === 0) return;
+    if (flow.protocol !== PROTOCOL.tcp) return;
+    const data = this.#total - (this.#at - this.#start) - tcpHeaderLength(bytes, this.#at);
+    const extra = (this.#flags & (TCP_SYN | TCP_FIN)) !== 0 ? 1 : 0;
+    const next = (bytes.view.getUint32(this.#at + TCP.sequence) + data + extra) >>> 0;
+    // A retransmission does not take it back (sequence numbers compare modulo 2^32).
+    if (flow.serverNext === 0 || ((next - flow.serverNext) | 0) > 0) flow.serverNext = next;
+    if ((this.#flags & (TCP_FIN | TCP_RST)) === 0) return;
     if ((this.#flags & TCP_FIN) !== 0) flow.finIn = true;
     this.#close(flow);
   }
@@ -466,14 +491,20 @@ export class ProxyTun {
       const opened = flow.state !== FLOW_STATE.opening;
       if (flow.protocol !== PROTOCOL.tcp || !opened || flow.state >= FLOW_STATE.closed) {
         this.#removeFlow(flow);
+        // An answer that is still on its way must not reach the client from an address that it never dialled.
+        const { protocol, local, wirePort, instance, remotePort } = flow;
+        this.#ended.note(protocol, local, wirePort, instance.instanceIp, remotePort, false, now);
+        this.#lastEndedMs = now;
         continue;
       }
       this.flows.setState(flow, FLOW_STATE.reset);
       flow.usedMs = now;
       this.counters[COUNT.flows_reset]!++;
-      const { dialled, remotePort, local, port, clientAck, clientNext } = flow;
+      const { dialled, remotePort, local, port, serverNext, clientNext } = flow;
+      // Nothing was seen of it yet: its next packet is answered with a reset.
+      if (serverNext === 0) continue;
       if (this.answers.full) this.onAnswersFull();
-      if (this.answers.reset(dialled, remotePort, local, port, clientAck, clientNext, true))
+      if (this.answers.reset(dialled, remotePort, local, port, serverNext, clientNext, true))
         this.counters[COUNT.resets_made]!++;
     }
   }

@@ -16,7 +16,7 @@ export const DROP_REASONS = {
   no_instance: 'a ServiceIP whose service has no instance',
   not_needed: 'a service outside the needs that the sender declared',
   no_flow: 'a TCP packet that opens nothing and belongs to no flow',
-  flow_reset: 'a packet of a flow whose instance went away',
+  flow_reset: 'a packet, in either direction, of a flow that was ended because its instance went away',
   ports_exhausted: 'no free source port on the wire for a flow that would look like another',
   ttl_exceeded: 'its time to live ended here',
   too_big: 'larger than the path to its node and marked not to be fragmented',

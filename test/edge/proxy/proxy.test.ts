@@ -290,7 +290,7 @@ test('an instance that goes: its TCP clients get a reset that they accept, UDP i
   one.leave(udp({ source: CLIENT, target: CART_RR }));
   one.apply(cartCommand(1, [2]));
   assert.equal(one.answers(), [
-    '172.30.0.10.80 > 172.16.0.66.40000: TCP [R.] seq 777 ack 1011 length 0 (ttl 64)',
+    '172.30.0.10.80 > 172.16.0.66.40000: TCP [R.] seq 1001 ack 1011 length 0 (ttl 64)',
   ]);
   assert.match(one.leave(udp({ source: CLIENT, target: CART_RR })), 'node 3');
   // What was on its way meets a reset of its own; the same ports may be dialled again.
@@ -302,6 +302,36 @@ test('an instance that goes: its TCP clients get a reset that they accept, UDP i
     '172.30.0.10.80 > 172.16.0.66.40000: TCP [R] seq 778 ack 0 length 0 (ttl 64)',
   ]);
   assert.match(one.leave(tcp({ source: CLIENT, target: CART_RR }, TCP_SYN)), 'node 3');
+});
+
+test('late answers of an instance that went and came back never arrive from an address nobody dialled', () => {
+  const one = new NodeUnderTest(1);
+  one.apply(cartCommand(1, [1]));
+  one.leave(udp({ source: CLIENT, target: CART_RR }));
+  one.leave(tcp({ source: CLIENT, target: CART_RR }, TCP_SYN));
+  const late = { source: CART_1, target: CLIENT, sourcePort: 80, targetPort: 40_000 };
+  one.arrive(tcp(late, TCP_SYN | TCP_ACK), 2);
+  one.apply(cartCommand(1, [2]));
+  one.apply(cartCommand(1, [1, 2]));
+  assert.is(one.arrive(udp(late), 2), 'flow_reset');
+  assert.is(one.arrive(tcp(late, TCP_ACK), 2), 'flow_reset');
+  // Who dials that InstanceIP itself from the same port gets its answers.
+  one.leave(udp({ source: CLIENT, target: CART_1 }));
+  assert.match(one.arrive(udp(late), 2), 'tun: 172.30.2.1.80 > 172.16.0.66.40000');
+  const other = { ...late, targetPort: 40_001 };
+  assert.match(one.arrive(udp(other), 2), 'tun: 172.30.2.1.80 > 172.16.0.66.40001');
+});
+
+test('the reset lies inside the window of a client that missed the last data', () => {
+  const one = new NodeUnderTest(1);
+  one.apply(cartCommand(1, [1]));
+  one.leave(tcp({ source: CLIENT, target: CART_RR }, TCP_SYN));
+  const back = { source: CART_1, target: CLIENT, sourcePort: 80, targetPort: 40_000 };
+  one.arrive(tcp(back, TCP_SYN | TCP_ACK, undefined, { sequence: 0xfffffff0 }), 2);
+  one.arrive(tcp(back, TCP_ACK, new Uint8Array(100), { sequence: 0xfffffff1 }), 2);
+  one.arrive(tcp(back, TCP_ACK, new Uint8Array(10), { sequence: 0xfffffff1 }), 2); // a retransmission
+  one.apply(cartCommand(1, []));
+  assert.match(one.answers()[0]!, 'TCP [R.] seq 85 ');
 });
 
 test('a node that is dead: as if its instances had gone, and a node that is not keeps its flows', () => {
