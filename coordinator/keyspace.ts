@@ -65,8 +65,11 @@ export class Keyspace {
     this.#listener = listener;
   }
 
-  /** Follows one more path; does nothing when it is followed already. */
-  follow(path: string): void {
+  /**
+   * Follows one more path; does nothing when it is followed already. `known`: keys that the listener holds from
+   * before (a snapshot on disk); those that the first listing lacks are told as deletions, the others anew.
+   */
+  follow(path: string, known: readonly string[] = []): void {
     if (this.#paths.has(path)) return;
     const state: PathState = {
       follower: this.#kv.follow(path, {
@@ -80,7 +83,8 @@ export class Keyspace {
           this.#listener.live(path, live);
         },
       }),
-      held: new Map(),
+      // No revision is 0: what was known before is old, whatever the listing says.
+      held: new Map(known.map((key) => [key, 0])),
       reached: 0,
       complete: false,
       live: false,

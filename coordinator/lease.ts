@@ -93,9 +93,12 @@ export class LeaseMachine {
     return [];
   }
 
-  /** Gives the lease up in favour of a new one, at once: somebody met `lease_lost` while using it. */
+  /** Gives the lease up in favour of a new one: somebody met `lease_lost` while using it. One that was hardly used
+   *  is followed after a pause, so that a use which always fails does not become a loop. */
   replace(lease: LeaseId, nowMs: number, cause: string): LeaseAction[] {
-    return this.#held?.lease === lease ? this.#lose(nowMs, cause) : [];
+    const held = this.#held;
+    if (held?.lease !== lease) return [];
+    return this.#lose(nowMs, cause, nowMs - held.okMs < RETRY_MIN_MS ? this.#retry() : 0);
   }
 
   deadline(): LeaseDeadline | undefined {
@@ -106,11 +109,11 @@ export class LeaseMachine {
     return { atMs: this.#held.renewMs, why: 'renew' };
   }
 
-  #lose(nowMs: number, cause: string): LeaseAction[] {
+  #lose(nowMs: number, cause: string, pauseMs = 0): LeaseAction[] {
     const lease = this.#held?.lease;
     if (lease === undefined) return [];
     this.#held = undefined;
-    this.#grantMs = nowMs;
+    this.#grantMs = nowMs + pauseMs;
     return [{ kind: 'lost', lease, cause }, ...this.handleTimeout(nowMs)];
   }
 

@@ -59,6 +59,7 @@ import type {
 import { projectLocal, projectService } from './project.ts';
 import type { ProxyReport } from './proxy/command.ts';
 import type { RouteFollower } from './routes/follow.ts';
+import { encodeSnapshot } from './routes/snapshot.ts';
 import type { RouteDelta, RouteTable } from './routes/table.ts';
 import { decodeState, encodeState, type Hosted, type SavedState } from './state.ts';
 import { type Position, Steering } from './steering.ts';
@@ -144,6 +145,10 @@ export class Agent implements NodeControl {
   #stopping = false;
   /** Hosted by the last run and not yet attached again. */
   #resuming: Hosted[] = [];
+  /** True from a start without etcd until presence is held again. */
+  #alonePhase = false;
+  #rejoining = false;
+  #routesDirty = false;
   /** What stands for this node's own packets on the wire, once it publishes ports. */
   #ingress: Instance | undefined;
   /** As last published; goes into the node's record whenever that is written. */
@@ -153,7 +158,28 @@ export class Agent implements NodeControl {
     this.#parts = parts;
     this.#log = parts.log;
     this.#statePath = `${parts.config.dataDir}/agent.json`;
-    parts.routes.onDelta((delta) => this.#routesChanged(delta));
+    parts.routes.onDelta((delta) => {
+      this.#routesChanged(delta);
+      this.#saveRoutes();
+    });
+  }
+
+  /** Keeps what is followed on disk, not more often than every few seconds. */
+  #saveRoutes(): void {
+    if (this.#routesDirty) return;
+    this.#routesDirty = true;
+    this.#parts.timers.after(limits.SNAPSHOT_INTERVAL_MS, () => {
+      this.#routesDirty = false;
+      if (!this.#stopping) void this.#writeRoutes();
+    });
+  }
+
+  async #writeRoutes(): Promise<void> {
+    const { files, table, keys, config } = this.#parts;
+    if (!table.synced) return;
+    await files
+      .write(`${config.dataDir}/routes.json`, encodeSnapshot(table, keys))
+      .catch((thrown: unknown) => this.#warn('the routes are not saved', thrown));
   }
 
   // ---- life ----
@@ -172,7 +198,7 @@ export class Agent implements NodeControl {
     this.#log.info({ subnet: formatCidr(saved.subnet), count: saved.hosted.length }, 'resuming');
     this.#resuming = [...saved.hosted];
     try {
-      await this.register(formatCidr(saved.subnet));
+      await this.register(formatCidr(saved.subnet), saved);
     } catch (thrown) {
       // Away for longer than tenure, and somebody else came: a new subnet, and new namespace addresses in it.
       if (toEdgewayError(thrown).code !== 'subnet_taken' || register.kind === 'exact') throw thrown;
@@ -208,26 +234,18 @@ export class Agent implements NodeControl {
     return this.#alone(async () => {
       const node = this.#registered;
       this.#registered = undefined;
-      if (node === undefined) return;
-      await node.northSouth.stop();
-      node.steering.stop();
-      await node.presence
-        .stop(true)
-        .catch((thrown: unknown) => this.#warn('presence is not revoked', thrown));
-      await node.tenure.stop(false);
-      await node.names.stop();
-      await node.loop.stop();
-      await this.#parts.environment.cleanNode();
+      await this.#writeRoutes();
+      if (node !== undefined) await this.#close(node);
     });
   }
 
   // ---- NodeControl ----
 
-  register(subnetwork: string | undefined): Promise<{ subnetwork: string }> {
+  register(subnetwork: string | undefined, saved?: SavedState): Promise<{ subnetwork: string }> {
     return this.#alone(async () => {
       const held = this.#registered;
       if (held === undefined) {
-        const { claim } = await this.#join(subnetwork);
+        const { claim } = await this.#join(subnetwork, saved);
         await this.#writeState();
         return { subnetwork: formatCidr(claim.subnet) };
       }
@@ -467,20 +485,24 @@ export class Agent implements NodeControl {
 
   // ---- joining ----
 
-  #join(subnetwork: string | undefined): Promise<Registered> {
+  #join(subnetwork: string | undefined, saved?: SavedState): Promise<Registered> {
     return Undo.guard(this.#log, async (undo) => {
       const { config, kv, keys, environment, nodeIp, clock, timers } = this.#parts;
-      const network = await ensureConfig(kv, keys, this.#parts.network);
+      const kept = await this.#keptIfAway(saved);
+      const network = kept?.network ?? (await ensureConfig(kv, keys, this.#parts.network));
       const { plan, mtu } = network;
       const exact = subnetwork === undefined ? undefined : unwrap(parseSubnetwork(subnetwork, plan.nodeBits));
       const owner = { node: config.node, cluster: config.cluster };
       const avoid = await environment.hostRoutes();
-      const claim = await claimSubnet(kv, keys, network, owner, {
-        avoid,
-        nodeIp,
-        ...(exact === undefined ? {} : { exact }),
-      });
-      undo.push('subnet claim', () => releaseSubnet(kv, keys, network, owner, claim.subnet));
+      const claim =
+        kept?.claim ??
+        (await claimSubnet(kv, keys, network, owner, {
+          avoid,
+          nodeIp,
+          ...(exact === undefined ? {} : { exact }),
+        }));
+      if (kept === undefined)
+        undo.push('subnet claim', () => releaseSubnet(kv, keys, network, owner, claim.subnet));
       for (const route of avoid) this.#log.debug({ address: formatCidr(route) }, 'host route, kept clear of');
 
       undo.push('host network', () => environment.cleanNode());
@@ -519,15 +541,26 @@ export class Agent implements NodeControl {
 
       const time = { monotonicMs: () => clock.monotonicMs(), after: timers.after };
       const lease = { kv, time, random: this.#parts.random, log: this.#log };
-      const tenure = keepLease({ ...lease, ttlS: network.tenureTtlS, resume: claim.lease, onHeld: () => {} });
+      const tenure = keepLease({
+        ...lease,
+        ttlS: network.tenureTtlS,
+        resume: claim.lease,
+        onHeld: (held) => this.#renewTenure(held, claim, network),
+      });
       undo.push('tenure', () => tenure.stop(false));
       const presence = keepLease({
         ...lease,
         ttlS: network.presenceTtlS,
-        onHeld: (held) => this.#publishAll(held, claim),
+        onHeld: async (held) => {
+          await this.#publishAll(held, claim);
+          if (!this.#alonePhase) return;
+          this.#alonePhase = false;
+          this.#log.info({}, 'etcd is back: published what went on without it');
+        },
       });
-      undo.push('presence', () => presence.stop(true));
-      await presence.held(limits.READ_YOUR_WRITES_MS);
+      undo.push('presence', () => presence.stop(kept === undefined));
+      this.#alonePhase = kept !== undefined;
+      if (kept === undefined) await presence.held(limits.READ_YOUR_WRITES_MS);
       const steering = await this.#steer(network, claim, loop, presence);
       undo.push('steering', async () => steering.stop());
       const northSouth = new NorthSouth({
@@ -559,6 +592,90 @@ export class Agent implements NodeControl {
       this.#log.info({ node: config.node, subnet: formatCidr(claim.subnet) }, 'registered');
       return node;
     });
+  }
+
+  /**
+   * What the last run held, when etcd does not answer soon: enough to go on with. Claims are not made then; they are
+   * looked at again when etcd is back.
+   */
+  async #keptIfAway(
+    saved: SavedState | undefined,
+  ): Promise<{ network: NetworkConfig; claim: SubnetClaim } | undefined> {
+    if (saved?.claim === undefined || saved.network === undefined) return undefined;
+    const { kv, keys, timers } = this.#parts;
+    let cancel = (): void => {};
+    const late = new Promise<boolean>((resolve) => {
+      cancel = timers.after(limits.AWAY_AFTER_MS, () => resolve(false));
+    });
+    const there = kv.get(keys.build({ kind: 'config' })).then(
+      () => true,
+      (thrown: unknown) => toEdgewayError(thrown).code !== 'coordination_unavailable',
+    );
+    const answered = await Promise.race([there, late]);
+    cancel();
+    if (answered) return undefined;
+    this.#log.warn(
+      { subnet: formatCidr(saved.subnet) },
+      'etcd does not answer: going on with what the last run held',
+    );
+    return { network: saved.network, claim: { subnet: saved.subnet, ...saved.claim } };
+  }
+
+  /** Moves the node's claims to a new tenure lease, or joins anew when they are no longer its own. */
+  async #renewTenure(lease: LeaseId, claim: SubnetClaim, network: NetworkConfig): Promise<void> {
+    if (lease === claim.lease) return;
+    const { kv, keys, config, nodeIp } = this.#parts;
+    const owner = { node: config.node, cluster: config.cluster };
+    try {
+      const again = await claimSubnet(kv, keys, network, owner, { exact: claim.subnet, lease, nodeIp });
+      if (again.epoch !== claim.epoch) throw new EdgewayError('lease_lost', 'the subnet was free meanwhile');
+      for (const { service, instance, instanceIp } of this.#hosted.values()) {
+        const wish = { service, instance, node: config.node, lease, preferred: instanceIp };
+        const held = await claimInstance(kv, keys, network, wish);
+        if (held.instanceIp !== instanceIp)
+          throw new EdgewayError('lease_lost', `${formatIpv4(instanceIp)} has another holder`);
+      }
+    } catch (thrown) {
+      const error = toEdgewayError(thrown);
+      if (error.code !== 'lease_lost' && error.code !== 'subnet_taken') throw thrown;
+      void this.#rejoin(error);
+    }
+  }
+
+  /** Tenure ended while nobody renewed it: everything that hung on it is claimed anew, and instances attached again. */
+  async #rejoin(why: EdgewayError): Promise<void> {
+    if (this.#rejoining || this.#stopping) return;
+    this.#rejoining = true;
+    this.#log.error({ code: why.code, error: why.message }, 'this node lost its claims: joining anew');
+    await this.#alone(async () => {
+      const node = this.#registered;
+      this.#registered = undefined;
+      this.#resuming = [...this.#hosted.values(), ...this.#resuming];
+      this.#hosted.clear();
+      if (node !== undefined) await this.#close(node);
+    }).catch((thrown: unknown) => this.#warn('not left cleanly', thrown));
+    const again = async (): Promise<void> => {
+      if (this.#stopping) return;
+      try {
+        await this.register(undefined);
+        this.#rejoining = false;
+        await this.#resume();
+      } catch (thrown) {
+        this.#warn('not joined yet', thrown);
+        this.#parts.timers.after(RESUME_RETRY_MS, () => void again());
+      }
+    };
+    await again();
+  }
+
+  async #close(node: Registered): Promise<void> {
+    await node.northSouth.stop();
+    node.steering.stop();
+    await node.presence.stop(true).catch((thrown: unknown) => this.#warn('presence is not revoked', thrown));
+    await node.tenure.stop(false);
+    await node.names.stop();
+    await node.loop.stop();
+    await this.#parts.environment.cleanNode();
   }
 
   async #steer(
@@ -675,26 +792,33 @@ export class Agent implements NodeControl {
       );
     const found = await this.#findTarget(target);
 
-    const descriptor = (await this.#describedInStore(service)) ?? bareDescriptor(service);
-    await applyService(kv, keys, node.network, descriptor, request.addresses);
-    const claim = await claimInstance(kv, keys, node.network, {
-      service,
-      instance,
-      node: config.node,
-      lease: await node.tenure.held(limits.READ_YOUR_WRITES_MS),
-      ...(request.instanceIp === undefined ? {} : { wanted: request.instanceIp }),
-      ...(former === undefined ? {} : { preferred: former.instanceIp }),
-    });
-    const held = { service, instance, node: config.node, instanceIp: claim.instanceIp };
-    undo.push('instance address', async () => {
-      await releaseInstance(kv, keys, node.network, held);
-    });
+    // With etcd away an instance of the last run goes on with what it held: its claim hangs on this node's tenure.
+    const alone = former !== undefined && this.#alonePhase;
+    let instanceIp: Ipv4;
+    if (alone) instanceIp = former.instanceIp;
+    else {
+      const descriptor = (await this.#describedInStore(service)) ?? bareDescriptor(service);
+      await applyService(kv, keys, node.network, descriptor, request.addresses);
+      const claim = await claimInstance(kv, keys, node.network, {
+        service,
+        instance,
+        node: config.node,
+        lease: await node.tenure.held(limits.READ_YOUR_WRITES_MS),
+        ...(request.instanceIp === undefined ? {} : { wanted: request.instanceIp }),
+        ...(former === undefined ? {} : { preferred: former.instanceIp }),
+      });
+      instanceIp = claim.instanceIp;
+      const held = { service, instance, node: config.node, instanceIp };
+      undo.push('instance address', async () => {
+        await releaseInstance(kv, keys, node.network, held);
+      });
+    }
 
     // Refused when the address lies in another subnet than this run's; then any other will do.
     if (former !== undefined) node.addresses.hold(id, former.namespaceIp, clock.monotonicMs());
     const namespaceIp = unwrap(node.addresses.take(id, clock.monotonicMs()));
     undo.push('namespace address', async () => node.addresses.giveBack(id, clock.monotonicMs()));
-    const hosted: Hosted = { service, instance, target, namespaceIp, instanceIp: claim.instanceIp };
+    const hosted: Hosted = { service, instance, target, namespaceIp, instanceIp };
 
     undo.push('network of the instance', () => environment.detach({ id }));
     await environment.attach({
@@ -718,11 +842,14 @@ export class Agent implements NodeControl {
     });
     this.#hosted.set(id, hosted);
     this.#pin();
-    await this.#known(service);
+    if (!alone) await this.#known(service);
     const published = this.#instanceOf(hosted, node.claim);
-    const lease = await node.presence.held(limits.READ_YOUR_WRITES_MS);
-    const revision = await publishInstance(kv, keys, node.claim.subnet, published, lease);
-    await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+    if (!alone) {
+      // Alone, it is published with everything else as soon as presence is held.
+      const lease = await node.presence.held(limits.READ_YOUR_WRITES_MS);
+      const revision = await publishInstance(kv, keys, node.claim.subnet, published, lease);
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+    }
     await this.#writeState();
     this.#log.info(
       { service, instance, address: formatIpv4(namespaceIp), name: describeTarget(target) },
@@ -880,12 +1007,15 @@ export class Agent implements NodeControl {
   }
 
   async #writeState(): Promise<void> {
-    const subnet: Cidr | undefined = this.#registered?.claim.subnet;
-    if (subnet === undefined) return;
+    const node = this.#registered;
+    if (node === undefined) return;
+    const { subnet, epoch } = node.claim;
     await this.#parts.files.write(
       this.#statePath,
       encodeState({
         subnet,
+        claim: { epoch, lease: node.tenure.lease ?? node.claim.lease },
+        network: node.network,
         hosted: [
           ...this.#hosted.values(),
           ...this.#resuming.filter((one) => !this.#hosted.has(hostedKey(one.service, one.instance))),

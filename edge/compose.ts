@@ -32,6 +32,7 @@ import { createLogger } from './io/log.ts';
 import { startPacketLoop } from './io/packet_loop.ts';
 import { hostVitals } from './io/vitals.ts';
 import { type InterestOptions, RouteFollower } from './routes/follow.ts';
+import { decodeSnapshot, type Snapshot } from './routes/snapshot.ts';
 import { RouteTable } from './routes/table.ts';
 
 const RESTORE_RETRY_MS = 2_000;
@@ -131,7 +132,8 @@ async function start(
     busy: (service) => agent.busy(service),
   };
   const needed = config.follow === 'needed' ? { interest } : {};
-  const routes = new RouteFollower({ keys, table, open, after, ...needed });
+  const restored = await readSnapshot(config, keys, log);
+  const routes = new RouteFollower({ keys, table, open, after, ...needed, ...restored });
   closers.push(() => routes.close());
 
   const environment = new Environment({
@@ -182,6 +184,17 @@ async function start(
   closers.push(() => server.stop());
   log.info({ node: config.node, address: formatIpv4(underlay.address), port: config.ewp }, 'agent is up');
   restore(agent, log);
+}
+
+/** What was followed when the last run ended, if it can be read. */
+async function readSnapshot(config: AgentConfig, keys: Keys, log: Logger): Promise<{ restored?: Snapshot }> {
+  const file = `${config.dataDir}/routes.json`;
+  const text = await hostFiles.read(file);
+  if (text === undefined) return {};
+  const snapshot = decodeSnapshot(text, keys);
+  if (snapshot.ok) return { restored: snapshot.value };
+  log.warn({ file, error: snapshot.error.message }, 'the saved routes cannot be read; etcd will tell');
+  return {};
 }
 
 /** A restart while etcd is away waits for it; requests may come in meanwhile. */

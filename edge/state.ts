@@ -2,12 +2,16 @@
 // the data directory, replaced atomically. A file that cannot be read is reported and treated as absent: the
 // keyspace and the host are the truth, this is only what to ask them for again.
 import * as v from 'valibot';
+import type { LeaseId } from '../coordinator/kv.ts';
 import { type Cidr, formatCidr, formatIpv4, type Ipv4 } from '../src/addr.ts';
 import { fail, ok, type Result } from '../src/error.ts';
+import type { NetworkConfig } from '../src/model.ts';
 import type { ServiceId } from '../src/name.ts';
 import {
   cidrSchema,
+  decodeConfig,
   describeIssues,
+  encodeConfig,
   instanceNumberSchema,
   ipv4Schema,
   serviceIdSchema,
@@ -25,12 +29,17 @@ export interface Hosted {
 
 export interface SavedState {
   readonly subnet: Cidr;
+  /** What is needed to go on while etcd is away: the claim as it was, and the network's settings. */
+  readonly claim?: { readonly epoch: number; readonly lease: LeaseId };
+  readonly network?: NetworkConfig;
   readonly hosted: readonly Hosted[];
 }
 
 const savedSchema = v.object({
   v: v.literal(1),
   subnet: cidrSchema,
+  claim: v.exactOptional(v.object({ epoch: v.number(), lease: v.string() })),
+  network: v.exactOptional(v.unknown()),
   hosted: v.array(
     v.object({
       service: serviceIdSchema,
@@ -52,7 +61,12 @@ export function encodeState(state: SavedState): string {
     namespaceIp: formatIpv4(one.namespaceIp),
     instanceIp: formatIpv4(one.instanceIp),
   }));
-  return `${JSON.stringify({ v: 1, subnet: formatCidr(state.subnet), hosted }, undefined, 2)}\n`;
+  const { claim, network } = state;
+  const rest = {
+    ...(claim === undefined ? {} : { claim }),
+    ...(network === undefined ? {} : { network: JSON.parse(encodeConfig(network)) }),
+  };
+  return `${JSON.stringify({ v: 1, subnet: formatCidr(state.subnet), ...rest, hosted }, undefined, 2)}\n`;
 }
 
 export function decodeState(text: string): Result<SavedState> {
@@ -64,5 +78,12 @@ export function decodeState(text: string): Result<SavedState> {
   }
   const result = v.safeParse(savedSchema, json);
   if (!result.success) return fail('invalid_record', describeIssues(result.issues));
-  return ok({ subnet: result.output.subnet, hosted: result.output.hosted });
+  const { subnet, hosted, claim } = result.output;
+  const network = decodeConfig(JSON.stringify(result.output.network ?? null));
+  return ok({
+    subnet,
+    hosted,
+    ...(claim === undefined ? {} : { claim: { epoch: claim.epoch, lease: claim.lease as LeaseId } }),
+    ...(network.ok ? { network: network.value } : {}),
+  });
 }

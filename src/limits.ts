@@ -64,6 +64,11 @@ export const INTERESTS_MAX = 4_096;
 /** Addresses whose owner was looked up in vain, remembered for INTEREST_NEGATIVE_MS. */
 export const UNOWNED_ADDRESSES_MAX = 1_024;
 
+/** A restart does not wait longer for etcd before it goes on with what the last run held. */
+export const AWAY_AFTER_MS = 1_500;
+/** Between two snapshots of the routes on disk. */
+export const SNAPSHOT_INTERVAL_MS = 2_000;
+
 /** Candidates of a claim that are tried blindly before the list of what is taken is read. */
 export const CLAIM_PROBES = 12;
 

@@ -9,6 +9,7 @@ import type { Key, Keys } from '../../src/keys.ts';
 import { UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { Interest, type InterestLimits } from './interest.ts';
+import type { Snapshot } from './snapshot.ts';
 import { type RouteDelta, RouteTable } from './table.ts';
 
 /** Applies a batch to the table and says what changed. Keys that are no routes pass unnoticed. */
@@ -62,6 +63,8 @@ export interface RouteFollowerOptions {
   readonly table?: RouteTable;
   /** Absent: everything is followed. */
   readonly interest?: InterestOptions;
+  /** What was followed before a restart; it serves until etcd has answered for each path. */
+  readonly restored?: Snapshot;
 }
 
 export interface InterestOptions extends InterestLimits {
@@ -95,6 +98,8 @@ export class RouteFollower {
   /** Those who wait for the first listing of a path. */
   readonly #awaited = new Map<string, Set<() => void>>();
   readonly #recent = new Set<number>();
+  /** Keys from the snapshot whose path is not followed yet. */
+  readonly #known = new Set<string>();
   readonly #options: InterestOptions | undefined;
   readonly #interest: Interest | undefined;
   #declared: ReadonlySet<ServiceId> = new Set();
@@ -120,9 +125,10 @@ export class RouteFollower {
     });
     // The plan is followed in any case: it is one key, and says whether the store is there.
     this.keyspace.follow(options.keys.prefix('config'));
+    if (options.restored !== undefined) this.#restore(options.restored);
     if (this.#interest === undefined)
       for (const subtree of ['nodes', 'services', 'instances'] as const)
-        this.keyspace.follow(options.keys.prefix(subtree));
+        this.#follow(options.keys.prefix(subtree));
     else {
       this.keyspace.follow(options.keys.prefix('exposed'));
       this.#armExpiry();
@@ -270,7 +276,37 @@ export class RouteFollower {
   }
 
   #begin(service: ServiceId): void {
-    for (const path of this.#pathsOf(service)) this.keyspace.follow(path);
+    for (const path of this.#pathsOf(service)) this.#follow(path);
+  }
+
+  /** Follows a path, and what the snapshot held below it is checked against the first listing. */
+  #follow(path: string): void {
+    const known = [...this.#known].filter(
+      (key) => key === path || (path.endsWith('/') && key.startsWith(path)),
+    );
+    for (const key of known) this.#known.delete(key);
+    this.keyspace.follow(path, known);
+  }
+
+  #restore({ revision, records }: Snapshot): void {
+    for (const { key } of records) this.#known.add(this.#keys.build(key));
+    const puts = records.map((record) => ({ ...record, createRevision: 0, modRevision: 0 }));
+    const delta = applyBatch(this.table, {
+      kind: 'changes',
+      path: this.#keys.root,
+      revision,
+      puts,
+      deletes: [],
+      brought: [],
+    });
+    this.table.synced = true;
+    const { interest, now } = this.#demand();
+    if (interest === undefined) return;
+    for (const service of delta.services) {
+      interest.use(service, now);
+      this.#begin(service);
+      this.#followNodes(service);
+    }
   }
 
   #end(service: ServiceId): void {
@@ -351,7 +387,7 @@ export class RouteFollower {
     for (const path of now)
       if (!before.has(path)) {
         this.#nodeUsers.set(path, (this.#nodeUsers.get(path) ?? 0) + 1);
-        this.keyspace.follow(path);
+        this.#follow(path);
       }
     for (const path of before)
       if (!now.has(path)) {
