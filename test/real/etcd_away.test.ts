@@ -1,7 +1,7 @@
 // etcd goes away, agents are killed and started again without it, etcd comes back: what is running goes on.
 //
 //   n1: cart 1 (namespace)        n2: client (namespace), needs cart
-import { readdirSync, readFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
 import { suite } from 'uvu';
@@ -40,12 +40,14 @@ function descriptor(service: string, needs: readonly string[]) {
 async function killEtcd(): Promise<void> {
   const { stdout } = await lab.exec(lab.switch, ['ip', 'netns', 'pids', lab.switch]);
   for (const pid of stdout.trim().split(/\s+/)) {
-    const argv = readFileSync(`/proc/${pid}/cmdline`, 'utf8').split('\0');
+    // The process that listed them is among them, and gone.
+    const file = `/proc/${pid}/cmdline`;
+    const argv = existsSync(file) ? readFileSync(file, 'utf8').split('\0') : [];
     if (argv[0] === 'etcd') process.kill(Number(pid), 'SIGKILL');
   }
   await until('etcd to be gone', 5_000, async () => {
-    const { stdout: left } = await lab.exec(lab.switch, ['ip', 'netns', 'pids', lab.switch]);
-    return left.trim() === '' ? true : undefined;
+    const { status: health } = await lab.exec(lab.switch, ['etcdctl', 'get', 'x', '--dial-timeout=200ms']);
+    return health !== 0 ? true : undefined;
   });
 }
 
