@@ -5,7 +5,7 @@ import { createHash } from 'node:crypto';
 import { type Cidr, formatCidr, formatIpv4, type Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import { INTERFACE_NAME_MAX } from '../../src/limits.ts';
-import { dropRules, ownLinks, rulesOf } from './rules.ts';
+import { dropRules, macOf, ownLinks, rulesOf } from './rules.ts';
 import type { Attachment, HostState, NodeState, Peer } from './state.ts';
 
 /** A program run on the host. `netns` is a path such as /run/netns/NAME or /proc/PID/ns/net. */
@@ -89,6 +89,8 @@ export function planNode(after: HostState, node: NodeState, observed: Observed):
   const { bridge, mtu, carrier } = node;
   const address = `${formatIpv4(node.gateway)}/${node.subnet.bits}`;
   const steps: Step[] = [];
+  // Without an address of its own a bridge takes the lowest of its ports' and changes it as they come and go, and
+  // instances would lose their gateway until they ask for it again.
   if (!observed.links.includes(bridge))
     steps.push(
       step(ip(`link add ${bridge} address ${macOf(node.gateway)} type bridge`), ip(`link del ${bridge}`)),
@@ -176,15 +178,6 @@ export function planPeers(node: NodeState, carrier: Carrier, before: HostState, 
   return steps;
 }
 
-/** A locally administered MAC address that belongs to the IP address. An instance that is attached again, or its
- *  address's next owner, answers to it at once: the host's neighbour entry for the old one would hold for half a minute.
- *  For the bridge too: without one a bridge takes the lowest of its ports' and changes
- *  it as they come and go, and instances would lose their gateway until they ask for it again. */
-function macOf(address: Ipv4): string {
-  const octets = [24, 16, 8, 0].map((shift) => ((address >>> shift) & 255).toString(16).padStart(2, '0'));
-  return `02:45:${octets.join(':')}`;
-}
-
 /** Takes away what planNode and planTun made; each action may find nothing. */
 export function planClean(
   node: Pick<NodeState, 'bridge' | 'tun' | 'table'> & { readonly carrier?: Carrier | undefined },
@@ -262,7 +255,8 @@ export function planAttach(
   const { hostInterface, inner, netns, mtu } = one;
   const gateway = formatIpv4(node.gateway);
   const inside = (args: string): Step => step(ip(args, netns));
-  const steps: Step[] = [];
+  // Before the link, so that no frame of the instance goes unseen.
+  const steps: Step[] = [...planRules(node, before, after)];
   // Not in an `ip -batch`: making a namespace moves the program that makes it.
   if (one.madeNetns)
     steps.push(
@@ -296,8 +290,6 @@ export function planAttach(
   else if (node.platform !== undefined)
     steps.push(inside(`route replace ${formatCidr(node.platform)} via ${gateway} dev ${inner}`));
   if (one.resolv !== undefined) steps.push(...planResolv(id, one.resolv));
-  // Last, so that a published port never leads to an instance that is not there.
-  if (one.ports.length > 0) steps.push(...planRules(node, before, after));
   return steps;
 }
 
@@ -327,11 +319,9 @@ export function planDetach(
   resolvIsOurs: boolean,
   after: HostState,
 ): readonly Action[] {
-  const actions: Action[] = [];
-  if (node !== undefined && one.ports.length > 0)
-    actions.push({ kind: 'nft', ruleset: rulesOf(node, after) });
-  actions.push(ip(`link del ${one.hostInterface}`));
+  const actions: Action[] = [ip(`link del ${one.hostInterface}`)];
   if (one.madeNetns) actions.push({ kind: 'run', argv: ['ip', 'netns', 'del', basename(one.netns)] });
+  if (node !== undefined) actions.push({ kind: 'nft', ruleset: rulesOf(node, after) });
   if (one.resolv === undefined) return actions;
   if (resolvIsOurs) actions.push(...resolvRestore(one.resolv));
   for (const directory of one.resolv.made.toReversed())

@@ -1,6 +1,7 @@
-// Our one nftables table as text, a pure function of the state file: whoever changes the state replaces the whole
-// table in one transaction. Rules match on our own links and on "this host's addresses", never on the name of
-// somebody else's interface, so that a default route may move.
+// Our nftables rules as text, a pure function of the state file: whoever changes the state replaces them all in one
+// transaction. (One table; what is said about frames stands in a table of the bridge family beside it.) Rules match
+// on our own links and on "this host's addresses", never on the name of somebody else's interface, so that a default
+// route may move.
 import { type Cidr, formatCidr, formatIpv4, type Ipv4, overlaps } from '../../src/addr.ts';
 import type { Protocol } from '../../src/model.ts';
 import type { HostState, NodeState } from './state.ts';
@@ -24,7 +25,9 @@ export interface Target {
 
 /** `add` before `delete` makes the deletion succeed whether or not the table is there. */
 export function dropRules(table: string): string {
-  return `table inet ${table}\ndelete table inet ${table}\n`;
+  return ['inet', 'bridge']
+    .map((family) => `table ${family} ${table}\ndelete table ${family} ${table}\n`)
+    .join('');
 }
 
 export function rulesOf(
@@ -44,10 +47,49 @@ ${[
   postrouting(node),
 ]
   .flat()
-  .map((line) => (line === '' ? '' : `  ${line}`))
+  .map((line) => `  ${line}`)
+  .join('\n')}
+}
+table bridge ${node.table} {
+${spoofed(Object.values(state.attachments))
+  .map((line) => `  ${line}`)
   .join('\n')}
 }
 `;
+}
+
+/** A locally administered hardware address that belongs to the IPv4 address. An instance that is attached again, or
+ *  its address's next owner, answers to it at once: the host's neighbour entry for the old one would hold for half a
+ *  minute. */
+export function macOf(address: Ipv4): string {
+  const octets = [24, 16, 8, 0].map((shift) => ((address >>> shift) & 255).toString(16).padStart(2, '0'));
+  return `02:45:${octets.join(':')}`;
+}
+
+/** A frame from an instance's port has the instance's own addresses, or goes no further: not even into the bridge's
+ *  memory of who is where. */
+function spoofed(
+  attachments: readonly { readonly hostInterface: string; readonly namespaceIp: Ipv4 }[],
+): Lines {
+  const elements = (items: readonly string[]): Lines =>
+    items.length === 0 ? [] : [`  elements = { ${items.join(', ')} }`];
+  return [
+    ...['set ports {', '  type ifname', ...elements(attachments.map((one) => `"${one.hostInterface}"`)), '}'],
+    ...['set owners {', '  type ifname . ether_addr . ipv4_addr'],
+    ...elements(
+      attachments.map(
+        ({ hostInterface, namespaceIp }) =>
+          `"${hostInterface}" . ${macOf(namespaceIp)} . ${formatIpv4(namespaceIp)}`,
+      ),
+    ),
+    '}',
+    ...chain('spoofed', 'type filter hook prerouting priority -300', [
+      'iifname != @ports accept',
+      'ether type ip iifname . ether saddr . ip saddr @owners accept',
+      'ether type arp iifname . ether saddr . arp saddr ip @owners iifname . arp saddr ether . arp saddr ip @owners accept',
+      'drop',
+    ]),
+  ];
 }
 
 /** Everything that the node publishes, for its instances and for services. */

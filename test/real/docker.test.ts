@@ -1,5 +1,6 @@
 // A real Docker Engine with its default iptables rules inside the host namespace of host_lab.ts, and containers with
 // `--network none` that we attach.
+import { spawn } from 'node:child_process';
 import { readFile } from 'node:fs/promises';
 import { createServer, type Server } from 'node:http';
 import { join } from 'node:path';
@@ -10,19 +11,7 @@ import type { Environment } from '../../edge/host/environment.ts';
 import { dockerEngine, targetsOf } from '../../edge/io/docker.ts';
 import type { Container } from '../../edge/ports.ts';
 import { type Dockerd, importBusybox, startDockerd } from '../../scripts/docker_lab.ts';
-import { EdgewayError } from '../../src/error.ts';
-import { address, GATEWAY, HostLab, MTU, PLATFORM, reaches, SERVICES, SUBNET, within } from './host_lab.ts';
-
-const node = { subnet: SUBNET, services: SERVICES, platform: PLATFORM, mtu: MTU };
-
-async function codeOf(promise: Promise<unknown>): Promise<string> {
-  try {
-    await promise;
-    return 'ok';
-  } catch (error) {
-    return error instanceof EdgewayError ? `${error.code}: ${error.message}` : String(error);
-  }
-}
+import { address, codeOf, GATEWAY, HostLab, MTU, node, reaches, SUBNET, within } from './host_lab.ts';
 
 const test = suite<{ lab: HostLab; dockerd: Dockerd; image: string }>('docker');
 test.before(async (context) => {
@@ -166,6 +155,7 @@ test('attach serves a container beside Docker’s FORWARD DROP, before and after
 test('setupNode before Docker starts for the first time: our rules hold when its DROP arrives', async ({
   lab,
   dockerd,
+  image,
 }) => {
   const a = await lab.instance('first');
   const environment = lab.environment();
@@ -177,12 +167,59 @@ test('setupNode before Docker starts for the first time: our rules hold when its
     namespaceIp: address('172.16.0.81'),
     subnet: SUBNET,
     mtu: MTU,
+    ports: [{ source: 8080, destination: 80, protocol: 'tcp' }],
   });
-  assert.ok(await reaches(a, '10.99.0.1'), 'before');
-  await within(lab.host).run(['iptables', '-P', 'FORWARD', 'DROP']);
-  await dockerd.restart();
-  assert.ok(await reaches(a, '10.99.0.1'), 'after');
-  await environment.cleanNode();
+  const server = spawn(
+    'nsenter',
+    [
+      `--net=/run/netns/${a}`,
+      '--',
+      process.env['NODE'] ?? 'node',
+      join(import.meta.dirname!, 'whoami.mjs'),
+      '80',
+      'us',
+    ],
+    { stdio: ['ignore', 'pipe', 'inherit'] },
+  );
+  try {
+    await new Promise((resolve) => server.stdout.once('data', resolve));
+    const published = async (): Promise<string> =>
+      (
+        await within(lab.outside).run([
+          'busybox',
+          'timeout',
+          '3',
+          'busybox',
+          'nc',
+          '-w',
+          '2',
+          '10.99.0.2',
+          '8080',
+        ])
+      ).stdout;
+    assert.ok(await reaches(a, '10.99.0.1'), 'before');
+    assert.is(await published(), 'us 10.99.0.1\n', 'before');
+    // A port that Docker publishes is Docker's: ours is refused.
+    await dockerd.run(image, { ...sleeper('theirs'), network: 'bridge', options: ['-p', '9090:90'] });
+    const taken = environment.attach({
+      ...{
+        id: 'second',
+        target: { kind: 'netns', name: await lab.instance('second') },
+        subnet: SUBNET,
+        mtu: MTU,
+      },
+      namespaceIp: address('172.16.0.82'),
+      ports: [{ source: 9090, destination: 80, protocol: 'tcp' }],
+    });
+    assert.match(await codeOf(taken), /^port_taken: tcp port 9090 .* held by a process of this host/);
+    await within(lab.host).run(['iptables', '-P', 'FORWARD', 'DROP']);
+    await dockerd.restart();
+    assert.ok(await reaches(a, '10.99.0.1'), 'after');
+    assert.is(await published(), 'us 10.99.0.1\n', 'after');
+  } finally {
+    server.kill('SIGKILL');
+    await environment.cleanNode();
+  }
 });
 
 test.run();

@@ -7,12 +7,12 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
-import { Environment } from '../../edge/host/environment.ts';
+import { type AttachRequest, Environment } from '../../edge/host/environment.ts';
 import { hostRunner } from '../../edge/io/exec.ts';
 import { hostFiles } from '../../edge/io/files.ts';
 import type { CommandResult, Files, Runner } from '../../edge/ports.ts';
 import { parseCidr, parseIpv4 } from '../../src/addr.ts';
-import { unwrap } from '../../src/error.ts';
+import { EdgewayError, unwrap } from '../../src/error.ts';
 import type { Logger } from '../../src/log.ts';
 import { SILENT } from '../../src/log.ts';
 
@@ -122,27 +122,23 @@ export class HostLab {
 
 /** Links, addresses, routes, rules and switches of a namespace; of the rules all, or one table and iptables'. */
 export async function hostSnapshot(netns: string, rules: 'all' | 'edgeway'): Promise<string> {
-  const parts: string[] = [];
-  for (const argv of [
-    ['ip', '-o', 'link'],
-    ['ip', '-4', '-o', 'addr'],
-    ['ip', '-4', 'route', 'show', 'table', 'all'],
+  const commands = [
+    'ip -o link',
+    'ip -4 -o addr',
+    'ip -4 route show table all',
+    'nft list tables | sort',
     ...(rules === 'all'
-      ? [['nft', 'list', 'ruleset']]
-      : [
-          ['nft', 'list', 'table', 'inet', 'edgeway'],
-          ['nft', 'list', 'table', 'ip', 'filter'],
-          ['nft', 'list', 'tables'],
-        ]),
-    ['cat', '/proc/sys/net/ipv4/ip_forward'],
-  ])
-    parts.push(`${netns}: ${argv.join(' ')}`, settled((await within(netns).run(argv)).stdout));
-  return parts.join('\n');
+      ? ['nft list ruleset']
+      : ['nft list table inet edgeway', 'nft list table bridge edgeway', 'nft list table ip filter']),
+    'cat /proc/sys/net/ipv4/ip_forward',
+  ];
+  const script = commands.map((command) => `echo "${netns}: ${command}"; ${command} 2>/dev/null`).join('; ');
+  return settled((await within(netns).run(['sh', '-c', script])).stdout);
 }
 
-/** Without what changes by itself: carrier, queue, hardware addresses, counters, the order of tables. */
+/** Without what changes by itself: carrier, queue, hardware addresses, counters. */
 function settled(text: string): string {
-  const plain = text
+  return text
     .replace(/ (?:state [A-Z]+|linkdown|(?:link\/ether|qdisc|link-netns) \S+)/g, '')
     .replace(/<[^>]*>/g, (flags) => (/\bUP\b/.test(flags) ? '<UP>' : '<>'))
     .replace(/@if\d+/g, '')
@@ -150,7 +146,6 @@ function settled(text: string): string {
     .replace(/packets \d+ bytes \d+/g, '')
     .replace(/valid_lft.*$/gm, '')
     .replace(/(?<=\S) +$/gm, '');
-  return plain.startsWith('table ') && !plain.includes('{') ? plain.split('\n').toSorted().join('\n') : plain;
 }
 
 /** One echo request, answered within two seconds. */
@@ -226,4 +221,31 @@ export class Saboteur {
 function changes(argv: readonly string[]): boolean {
   const text = argv.filter((word) => word !== '--' && !word.startsWith('--net=')).join(' ');
   return !/^(?:nsenter )?(?:ip -j|stat|cat|iptables -w 10 -[CS]|nft (?:-j )?list)/.test(text);
+}
+
+/** What setupNode is asked for. */
+export const node = { subnet: SUBNET, services: SERVICES, platform: PLATFORM, mtu: MTU };
+export const toNetns = (id: string, name: string, ip: string): AttachRequest => ({
+  id,
+  target: { kind: 'netns', name },
+  namespaceIp: address(ip),
+  subnet: SUBNET,
+  mtu: MTU,
+  resolvConf: { nameserver: GATEWAY },
+});
+
+/** `ok`, or `code: message`. */
+export async function codeOf(promise: Promise<unknown>): Promise<string> {
+  try {
+    await promise;
+    return 'ok';
+  } catch (error) {
+    return error instanceof EdgewayError ? `${error.code}: ${error.message}` : String(error);
+  }
+}
+
+/** As the packet loop leaves it: the device is the loop's, with the MTU that we would give it. */
+export async function addTun(netns: string): Promise<void> {
+  await must('ip', '-n', netns, 'tuntap', 'add', 'edgeway-tun', 'mode', 'tun');
+  await must('ip', '-n', netns, 'link', 'set', 'edgeway-tun', 'mtu', String(MTU));
 }

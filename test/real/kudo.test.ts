@@ -14,9 +14,8 @@ import { hostRunner } from '../../edge/io/exec.ts';
 import { hostFiles } from '../../edge/io/files.ts';
 import { createKudo, type Kudo, type Port } from '../../edge/kudo/kudo.ts';
 import type { Files, Runner } from '../../edge/ports.ts';
-import { EdgewayError } from '../../src/error.ts';
 import { SILENT } from '../../src/log.ts';
-import { hostSnapshot, must, Saboteur, within } from './host_lab.ts';
+import { codeOf, hostSnapshot, must, Saboteur, within } from './host_lab.ts';
 
 const P = `ewD${process.pid}`;
 
@@ -133,15 +132,6 @@ async function ask(netns: string, address: string, port: number): Promise<string
     String(port),
   ]);
   return result.stdout.trim();
-}
-
-async function codeOf(promise: Promise<unknown>): Promise<string> {
-  try {
-    await promise;
-    return 'ok';
-  } catch (error) {
-    return error instanceof EdgewayError ? `${error.code}: ${error.message}` : String(error);
-  }
 }
 
 /** Ids of this run: namespaces are names of the whole machine. */
