@@ -67,10 +67,11 @@ interface Place {
   /** Ends of the underlay, for the runs in which every frame is at most 1,500 bytes. */
   readonly wire: readonly { readonly netns: string; readonly device: string }[];
   readonly agents: readonly LabHost[];
-  down(): Promise<void>;
 }
 
 const children: ChildProcess[] = [];
+/** All that were begun, whole or not. */
+const labs: ProxyLab[] = [];
 
 async function serve(netns: string): Promise<void> {
   const load = inside(netns, ...runtimeArgv('node'), LOAD, 'serve', String(PORT));
@@ -91,6 +92,7 @@ const up = {
 
 function plain(name: string): { lab: ProxyLab; one: LabHost; two: LabHost } {
   const lab = new ProxyLab(`ewA${process.pid}${name}`);
+  labs.push(lab);
   lab.up(2, 1500, true);
   const [one, two] = lab.hosts as [LabHost, LabHost];
   return { lab, one, two };
@@ -107,7 +109,6 @@ async function veth(): Promise<Place> {
     address: formatIpv4(two.nodeIp),
     wire: ends(one, two),
     agents: [],
-    down: () => lab.down(),
   };
 }
 
@@ -133,7 +134,6 @@ async function vxlan(): Promise<Place> {
     address: '10.79.0.2',
     wire: ends(one, two),
     agents: [],
-    down: () => lab.down(),
   };
 }
 
@@ -175,7 +175,6 @@ async function kernel(): Promise<Place> {
     address: '172.30.0.8',
     wire: ends(one, two),
     agents: [],
-    down: () => lab.down(),
   };
 }
 
@@ -192,7 +191,6 @@ function proxied(runtime: Runtime, sameNode = false): () => Promise<Place> {
       address: formatIpv4(lab.serviceIp('s.s.server.v1')),
       wire: ends(one, two),
       agents: sameNode ? [one] : [one, two],
-      down: () => lab.down(),
     };
   };
 }
@@ -360,7 +358,7 @@ const soaked: Record<string, number[]> = {};
 
 async function cleanUp(): Promise<void> {
   for (const child of children) child.kill('SIGKILL');
-  for (const place of places.values()) await place.down();
+  for (const lab of labs) await lab.down();
 }
 process.once('SIGINT', () => void cleanUp().then(() => process.exit(130)));
 
