@@ -102,7 +102,7 @@ const ends = (one: LabHost, two: LabHost): Place['wire'] =>
   [one, two].map(({ netns }) => ({ netns, device: 'up0' }));
 
 async function veth(): Promise<Place> {
-  const { lab, one, two } = plain('v');
+  const { one, two } = plain('v');
   return {
     client: one.netns,
     server: two.netns,
@@ -113,7 +113,7 @@ async function veth(): Promise<Place> {
 }
 
 async function vxlan(): Promise<Place> {
-  const { lab, one, two } = plain('x');
+  const { one, two } = plain('x');
   for (const [host, other, address] of [
     [one, two, '10.79.0.1'],
     [two, one, '10.79.0.2'],

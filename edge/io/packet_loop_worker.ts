@@ -28,6 +28,8 @@ import {
   SOCKADDR_IN,
   SOL_UDP,
   system as sys,
+  TunError,
+  type TunnelSocket,
   UDP_GRO,
   VNET,
   VNET_F_NEEDS_CSUM,
@@ -35,7 +37,7 @@ import {
   VNET_GSO_TCPV4,
   VNET_GSO_UDP_L4,
 } from 'node-tun';
-import { ipv4 } from '../../src/addr.ts';
+import { formatIpv4, ipv4 } from '../../src/addr.ts';
 import {
   FLOW_SWEEP,
   PROBE_STATUS_BYTES,
@@ -153,11 +155,7 @@ class Loop {
     const tun = openTun(sys, { name: config.tun, mtu: config.mtu, queue: TUN_QUEUE });
     this.#tun = tun.fd;
     try {
-      const socket = openTunnelSocket(sys, {
-        address: config.nodeIp,
-        port: config.ewp,
-        buffer: SOCKET_BUFFER_BYTES,
-      });
+      const socket = this.#openSocket();
       this.#socket = socket.fd;
       for (const text of [...tun.refused, ...socket.refused]) this.#notice(`this kernel refuses ${text}`);
       this.#batch = new Batch(sys, socket.fd, socket.gso, this.#counters);
@@ -227,6 +225,18 @@ class Loop {
     for (const [i, fd] of [this.#tun, this.#socket, data.eventfd].entries()) {
       this.#pollsView.setInt32(i * POLLFD.size + POLLFD.fd, fd, true);
       this.#pollsView.setInt16(i * POLLFD.size + POLLFD.events, POLLIN, true);
+    }
+  }
+
+  /** Bound to the node's own address; behind a NAT that address may be none of this host's, then to any. */
+  #openSocket(): TunnelSocket {
+    const { nodeIp, ewp: port } = this.#data.config;
+    try {
+      return openTunnelSocket(sys, { address: nodeIp, port, buffer: SOCKET_BUFFER_BYTES });
+    } catch (error) {
+      if (!(error instanceof TunError) || error.errno !== ERRNO.EADDRNOTAVAIL) throw error;
+      this.#notice(`binding to ${formatIpv4(nodeIp)}, which is no address of this host; bound to all`);
+      return openTunnelSocket(sys, { address: 0, port, buffer: SOCKET_BUFFER_BYTES });
     }
   }
 
