@@ -182,9 +182,9 @@ async function demo(lab: Lab): Promise<Seen> {
     return undefined;
   });
   const failoverMs = lastLostMs - killed;
-  const after = tally(
-    await Promise.all(Array.from({ length: 20 }, () => curl(lab, client, `http://${NAME}/`))),
-  );
+  const moved: (string | undefined)[] = [];
+  for (let i = 0; i < 20; i++) moved.push(await curl(lab, client, `http://${NAME}/`, 5));
+  const after = tally(moved);
   detail(`requests moved on after ${(failoverMs / 1000).toFixed(1)} s\n${bars(after)}`);
 
   return {

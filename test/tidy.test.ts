@@ -96,7 +96,7 @@ const FLOORS: readonly Floor[] = [
   { from: /^coordinator\//, to: /^edge\//, why: 'the coordinator also runs alone, without an agent' },
   {
     from: /^coordinator\//,
-    not: /^coordinator\/(etcd\/|io\/|main\.ts$)/,
+    not: /^coordinator\/(etcd\/|io\/|(main|command)\.ts$)/,
     to: /^(node:(?!buffer$)|etcd3$|@grpc\/|cockatiel$)/,
     why: 'coordination logic is tested on an injected clock and an in-memory store; only etcd/, io/ and main.ts touch the world',
   },
@@ -171,7 +171,7 @@ interface Ban {
 
 /** kudo/ has composition roots of its own: of the library and of the service. */
 const EDGES =
-  /^(edge\/io\/|edge\/cli\/|edge\/compose\w*\.ts|edge\/main\.ts|edge\/kudo\/(mod|main)\.ts|coordinator\/etcd\/|coordinator\/io\/|coordinator\/main\.ts|src\/node-tun\/)/;
+  /^(edge\/io\/|edge\/cli\/|edge\/compose\w*\.ts|edge\/main\.ts|edge\/kudo\/(mod|main)\.ts|coordinator\/etcd\/|coordinator\/io\/|coordinator\/(main|command)\.ts|src\/node-tun\/)/;
 const BANS: readonly Ban[] = [
   {
     call: /\bMath\.random\b/,
