@@ -1,11 +1,11 @@
 // Measures the unicast resolver beside dnsmasq, which serves the same names in the same run: each server alone on one
-// core, dnsperf on another, loopback. Three figures per runtime: how many queries a second it answers at full load, the
+// core, dnsperf on another, loopback. Per runtime: how many queries a second it answers at full load and what one costs, the
 // 99th percentile of the latency at 20,000 a second, and, while that load and 100 table changes a second go on, how
 // many answers were wrong (an address that was not the name's at any moment between question and answer).
 //   npm run bench -- dns [--runtime node|deno] [--seconds N] [--quick] [--json FILE]
 import { type ChildProcess, spawn } from 'node:child_process';
 import { createSocket } from 'node:dgram';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
@@ -48,6 +48,10 @@ interface Figures {
   /** The peer's latency at the same rate: what the machine itself allows just then. */
   readonly peer_p99_ms: number;
   readonly ratio: number;
+  /** Processor time per answered query at full load, microseconds, and how many a core's second would hold. */
+  readonly cpu_us: number;
+  readonly peer_cpu_us: number;
+  readonly qps_per_cpu_second: number;
   readonly p50_ms: number;
   readonly p99_ms: number;
   readonly rate: number;
@@ -130,15 +134,34 @@ function badCodes(text: string): number {
     .reduce((sum, [, , count]) => sum + Number(count), 0);
 }
 
-async function fullLoad(port: number): Promise<{ readonly qps: number; readonly wrong: number }> {
+interface FullLoad {
+  readonly qps: number;
+  /** Processor time of the server per answered query, microseconds; holds on a busy machine too. */
+  readonly cpuUs: number;
+  readonly wrong: number;
+}
+
+async function fullLoad(port: number, server: ChildProcess): Promise<FullLoad> {
   // The first run warms both up; of three the best counts, for both alike.
-  let best = { qps: 0, wrong: 0 };
+  let best: FullLoad = { qps: 0, cpuUs: Number.POSITIVE_INFINITY, wrong: 0 };
   for (let i = 0; i < 3; i++) {
+    const before = cpuMs(server);
     const text = await dnsperf(port, ['-c', '4', '-q', '200']);
-    const qps = qpsOf(text);
-    best = { qps: Math.max(best.qps, qps), wrong: best.wrong + badCodes(text) };
+    const spent = (cpuMs(server) - before) * 1000;
+    best = {
+      qps: Math.max(best.qps, qpsOf(text)),
+      cpuUs: Math.min(best.cpuUs, spent / number(text, /Queries completed:\s+(\d+)/)),
+      wrong: best.wrong + badCodes(text),
+    };
   }
-  return best;
+  return { ...best, cpuUs: Math.round(best.cpuUs * 10) / 10 };
+}
+
+/** User and system time so far (proc(5), fields 14 and 15, in ticks of 10 ms). */
+function cpuMs(child: ChildProcess): number {
+  const stat = readFileSync(`/proc/${child.pid}/stat`, 'utf8');
+  const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ');
+  return (Number(fields[11]) + Number(fields[12])) * 10;
 }
 
 /** Load of a fixed rate, each answer with its latency. */
@@ -184,7 +207,11 @@ async function askOnce(port: number, name: string, limitMs: number): Promise<str
   }
 }
 
-async function peer(port: number): Promise<{ readonly peer_qps: number; readonly peer_p99_ms: number }> {
+type Peer = Pick<Figures, 'peer_qps' | 'peer_p99_ms' | 'peer_cpu_us'>;
+type Spread = Pick<Figures, 'propagation_p50_ms' | 'propagation_max_ms'>;
+type Own = Omit<Figures, 'peer' | 'ratio' | keyof Peer | keyof Spread>;
+
+async function peer(port: number): Promise<Peer> {
   const child = start(
     pinned(0, [
       'dnsmasq',
@@ -204,8 +231,8 @@ async function peer(port: number): Promise<{ readonly peer_qps: number; readonly
   child.once('error', () => console.error('dnsmasq is missing: apt-get install dnsmasq-base'));
   try {
     await answering(port);
-    const { qps } = await fullLoad(port);
-    return { peer_qps: qps, peer_p99_ms: percentile(await steady(port), 0.99) };
+    const { qps, cpuUs } = await fullLoad(port, child);
+    return { peer_qps: qps, peer_cpu_us: cpuUs, peer_p99_ms: percentile(await steady(port), 0.99) };
   } finally {
     await stop(child);
   }
@@ -283,12 +310,7 @@ async function change(
   return { updates, checked, wrong };
 }
 
-async function ours(
-  runtime: string,
-  port: number,
-): Promise<
-  Omit<Figures, 'peer' | 'peer_qps' | 'peer_p99_ms' | 'ratio' | 'propagation_p50_ms' | 'propagation_max_ms'>
-> {
+async function ours(runtime: string, port: number): Promise<Own> {
   const file = join(import.meta.dirname, 'bench_dns_server.ts');
   const argv =
     runtime === 'deno'
@@ -297,13 +319,15 @@ async function ours(
   const child = start(pinned(0, [...argv, String(port), String(SERVICES)]));
   try {
     await answering(port);
-    const full = await fullLoad(port);
+    const full = await fullLoad(port, child);
     const changing = change(child, port, performance.now() + seconds * 1000);
     const text = await steady(port);
     const { updates, checked, wrong } = await changing;
     return {
       runtime,
       qps: full.qps,
+      cpu_us: full.cpuUs,
+      qps_per_cpu_second: Math.round(1e6 / full.cpuUs),
       p50_ms: percentile(text, 0.5),
       p99_ms: percentile(text, 0.99),
       rate: qpsOf(text),
@@ -318,9 +342,7 @@ async function ours(
 }
 
 /** New services on real agents: how long until every node that asks for them answers. */
-async function propagation(
-  runtime: Runtime,
-): Promise<Pick<Figures, 'propagation_p50_ms' | 'propagation_max_ms'>> {
+async function propagation(runtime: Runtime): Promise<Spread> {
   const count = values.quick ? 5 : 20;
   const lab = await Lab.up({ nodes: 3, runtime });
   try {
@@ -372,20 +394,19 @@ try {
   const runtimes: readonly Runtime[] =
     values.runtime === undefined ? ['node', 'deno'] : [values.runtime === 'deno' ? 'deno' : 'node'];
   for (const runtime of runtimes) {
-    const { peer_qps, peer_p99_ms } = await peer(port);
+    const beside = await peer(port);
     const own = await ours(runtime, port + 1);
     const spread = await propagation(runtime);
     const figures: Figures = {
       ...own,
       ...spread,
       peer: 'dnsmasq',
-      peer_qps,
-      peer_p99_ms,
-      ratio: Math.round((own.qps / peer_qps) * 100) / 100,
+      ...beside,
+      ratio: Math.round((own.qps / beside.peer_qps) * 100) / 100,
     };
     results.push(figures);
     console.log(
-      `${runtime.padEnd(5)} ${figures.qps} q/s per core, dnsmasq ${peer_qps} (ratio ${figures.ratio}) · at ${figures.rate} q/s p50 ${figures.p50_ms} ms, p99 ${figures.p99_ms} ms (dnsmasq ${figures.peer_p99_ms}) · ${figures.updates} updates, ${figures.checked} answers checked, ${figures.wrong_answers} wrong, ${figures.lost} lost · a new name on 3 nodes after ${figures.propagation_p50_ms} ms (median), ${figures.propagation_max_ms} ms (worst)`,
+      `${runtime.padEnd(5)} ${figures.qps} q/s per core, dnsmasq ${figures.peer_qps} (ratio ${figures.ratio}) · ${figures.cpu_us} µs of processor per query (dnsmasq ${figures.peer_cpu_us}), ${figures.qps_per_cpu_second} a second · at ${figures.rate} q/s p50 ${figures.p50_ms} ms, p99 ${figures.p99_ms} ms (dnsmasq ${figures.peer_p99_ms}) · ${figures.updates} updates, ${figures.checked} answers checked, ${figures.wrong_answers} wrong, ${figures.lost} lost · a new name on 3 nodes after ${figures.propagation_p50_ms} ms (median), ${figures.propagation_max_ms} ms (worst)`,
     );
   }
   if (values.json !== undefined)
