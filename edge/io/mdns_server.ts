@@ -22,6 +22,8 @@ import { bindError } from './dns_server.ts';
 const GROUP = '224.0.0.251';
 /** mdns-server opens two sockets in turn; it has no deadline of its own. */
 const START_LIMIT_MS = 3_000;
+/** Turns of the event loop that a stop waits for its last messages; each needs one or two. */
+const LEAVE_TURNS_MAX = 1_000;
 
 export interface MdnsServerOptions {
   /** Interface to serve, by name; it must carry `address`. */
@@ -84,6 +86,8 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
   const sockets = await open(options.interface, address, log, counters);
   let timer: ReturnType<typeof setTimeout> | undefined;
   let stopped = false;
+  /** Messages handed to the kernel whose callback is still to come. */
+  let leaving = 0;
 
   function send(packet: Packet, port: number, host: string): void {
     const bytes = encodeChecked(packet);
@@ -91,7 +95,9 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
       counters.mdns_unsendable++;
       return;
     }
+    leaving++;
     sockets.send.send(bytes, 0, bytes.length, port, host, (error) => {
+      leaving--;
       if (error !== null && error !== undefined) counters.mdns_send_failed++;
     });
   }
@@ -194,8 +200,9 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
         responder.goodbye();
         claims?.goodbye();
         drain();
-        // A goodbye must have left before its socket closes; the callback of a last empty send comes after it.
-        await new Promise<void>((resolve) => setImmediate(resolve));
+        // A goodbye must have left before its socket closes.
+        for (let turns = 0; leaving > 0 && turns < LEAVE_TURNS_MAX; turns++)
+          await new Promise<void>((resolve) => setImmediate(resolve));
         await sockets.close();
       })();
       return ended;
