@@ -10,7 +10,16 @@
 //
 // A released address rests: its value says so and a lease of `quarantineS` takes it away, so nobody else is given it
 // while a peer may still hold a flow to its last owner; the last holder itself may take it up again at once.
-import { type Cidr, formatCidr, formatIpv4, type Ipv4, overlaps } from '../src/addr.ts';
+import {
+  type Cidr,
+  contains,
+  formatCidr,
+  formatIpv4,
+  type Ipv4,
+  ipv4,
+  overlaps,
+  sizeOf,
+} from '../src/addr.ts';
 import { EdgewayError, unwrap } from '../src/error.ts';
 import { hash32 } from '../src/hash.ts';
 import type { Keys } from '../src/keys.ts';
@@ -515,6 +524,8 @@ export interface InstanceWish {
   readonly wanted?: Ipv4;
   /** What this instance held before, if the node remembers. */
   readonly preferred?: Ipv4;
+  /** The part of the service range that this node's rights allow; the whole of it otherwise. */
+  readonly within?: Cidr;
   readonly seed?: number;
 }
 
@@ -538,6 +549,7 @@ export async function claimInstance(
       had: wish.preferred,
       seed: wish.seed ?? 0,
       except: new Set(),
+      ...(wish.within === undefined ? {} : { within: wish.within }),
     });
     const key = addressKey(keys, slot.address);
     // A claim that hangs on an earlier tenure lease moves to the present one.
@@ -671,6 +683,7 @@ async function findAddress(
     readonly seed: number;
     /** Spoken for in the same transaction. */
     readonly except: ReadonlySet<Ipv4>;
+    readonly within?: Cidr;
   },
 ): Promise<Slot> {
   const look = async (address: Ipv4): Promise<Slot | AddressOwner | undefined> => {
@@ -697,29 +710,34 @@ async function findAddress(
       `address ${formatIpv4(wish.wanted)} ${found === undefined ? 'has a claim that cannot be read' : describeOwner(found)}`,
     );
   }
+  const { within } = wish;
   const usable = (address: Ipv4): boolean =>
-    !wish.except.has(address) && isServiceAddress(config.plan, address);
+    !wish.except.has(address) &&
+    isServiceAddress(config.plan, address) &&
+    (within === undefined || contains(within, address));
   if (wish.had !== undefined && usable(wish.had)) {
     const found = await look(wish.had);
     if (found !== undefined && 'compare' in found) return found;
   }
-  const count = serviceAddressCount(config.plan);
+  const count = within === undefined ? serviceAddressCount(config.plan) : sizeOf(within);
+  const at = (index: number): Ipv4 =>
+    within === undefined ? serviceAddressAt(config.plan, index) : ipv4(within.base + index);
   const start = hash32(ownerText(owner), wish.seed) % count;
   for (let i = 0; i < CLAIM_PROBES; i++) {
-    const address = serviceAddressAt(config.plan, (start + i) % count);
+    const address = at((start + i) % count);
     const found = usable(address) ? await look(address) : undefined;
     if (found !== undefined && 'compare' in found) return found;
   }
   const taken = new Set(await kv.keys(keys.prefix('addresses')));
   for (let i = 0; i < count; i++) {
-    const address = serviceAddressAt(config.plan, (start + i) % count);
+    const address = at((start + i) % count);
     if (!usable(address) || taken.has(addressKey(keys, address))) continue;
     const found = await look(address);
     if (found !== undefined && 'compare' in found) return found;
   }
   throw new EdgewayError(
     'addresses_exhausted',
-    `no free address in ${formatCidr(config.plan.services)}: ${taken.size} of ${count} are claimed`,
+    `no free address in ${formatCidr(within ?? config.plan.services)}: ${taken.size} addresses of the network are claimed`,
   );
 }
 

@@ -630,7 +630,14 @@ export class Agent implements NodeControl {
       const again = await claimSubnet(kv, keys, network, owner, { exact: claim.subnet, lease, nodeIp });
       if (again.epoch !== claim.epoch) throw new EdgewayError('lease_lost', 'the subnet was free meanwhile');
       for (const { service, instance, instanceIp } of this.#hosted.values()) {
-        const wish = { service, instance, node: config.node, lease, preferred: instanceIp };
+        const wish = {
+          service,
+          instance,
+          node: config.node,
+          lease,
+          preferred: instanceIp,
+          ...this.#within(),
+        };
         const held = await claimInstance(kv, keys, network, wish);
         if (held.instanceIp !== instanceIp)
           throw new EdgewayError('lease_lost', `${formatIpv4(instanceIp)} has another holder`);
@@ -640,6 +647,11 @@ export class Agent implements NodeControl {
       if (error.code !== 'lease_lost' && error.code !== 'subnet_taken') throw thrown;
       void this.#rejoin(error);
     }
+  }
+
+  #within(): { within?: Cidr } {
+    const { instanceIps } = this.#parts.config;
+    return instanceIps === undefined ? {} : { within: instanceIps };
   }
 
   /** Tenure ended while nobody renewed it: everything that hung on it is claimed anew, and instances attached again. */
@@ -756,6 +768,7 @@ export class Agent implements NodeControl {
       service: INGRESS,
       instance,
       node,
+      ...this.#within(),
       lease,
     });
     const namespaceIp = layoutOf(claim.subnet).bridge;
@@ -803,6 +816,7 @@ export class Agent implements NodeControl {
         service,
         instance,
         node: config.node,
+        ...this.#within(),
         lease: await node.tenure.held(limits.READ_YOUR_WRITES_MS),
         ...(request.instanceIp === undefined ? {} : { wanted: request.instanceIp }),
         ...(former === undefined ? {} : { preferred: former.instanceIp }),

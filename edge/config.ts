@@ -33,6 +33,8 @@ export interface AgentConfig {
   readonly credentials?: EtcdCredentials;
   /** Roles of the platform that this agent offers to hold. */
   readonly roles: readonly Role[];
+  /** Where this node's InstanceIPs lie, when its rights in etcd are limited to a part of the service range. */
+  readonly instanceIps?: Cidr;
   /** What the agent follows: all services, or those that its instances are, declare or ask for. */
   readonly follow: 'needed' | 'all';
   /** How long an interest outlives its last use. */
@@ -81,6 +83,10 @@ export const SETTINGS = {
   'etcd-cert': { hint: 'FILE', help: 'client certificate for etcd' },
   'etcd-key': { hint: 'FILE', help: 'key of the client certificate' },
   roles: { hint: 'LIST', help: 'roles to hold when nobody does: root, cluster', default: '' },
+  'instance-ips': {
+    hint: 'CIDR',
+    help: "part of the service range for this node's InstanceIPs (default: all of it)",
+  },
   follow: {
     hint: 'needed|all',
     help: 'follow the services that instances here are, declare or ask for, or all of them',
@@ -244,6 +250,9 @@ export function parseConfig(
   const tun = link('tun');
   if (bridge === tun) throw bad('tun', tun, 'must differ from --bridge');
 
+  const slice = given('instance-ips');
+  const instanceIps = slice === undefined ? undefined : parseCidr(slice);
+  if (instanceIps?.ok === false) throw bad('instance-ips', slice ?? '', instanceIps.error.message);
   const follow = value('follow');
   if (follow !== 'needed' && follow !== 'all') throw bad('follow', follow, 'must be needed or all');
   const roles = parseRoles(value('roles'));
@@ -270,6 +279,7 @@ export function parseConfig(
     etcd: list('etcd'),
     ...(credentials === undefined ? {} : { credentials }),
     roles: roles.value,
+    ...(instanceIps === undefined ? {} : { instanceIps: unwrap(instanceIps) }),
     follow,
     interestIdleS: integer('interest-idle', value('interest-idle'), 60, 31_536_000),
     root,

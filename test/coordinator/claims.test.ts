@@ -344,7 +344,7 @@ test('applyService under racing services and racing appliers of one service: no 
   const error = await rejectsWith('addresses_exhausted', () =>
     applyService(kv, keys, small, descriptor(sid('app.ns.late.v1'))),
   );
-  assert.match(error.message, '252 of 254 are claimed');
+  assert.match(error.message, 'no free address in 10.0.1.0/24: 252 addresses');
 });
 
 test('deleteService rests its addresses, wants its instances gone first, and says not_found', async () => {
