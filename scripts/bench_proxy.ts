@@ -6,8 +6,8 @@
 //   node, deno  apps behind bridges, the ProxyTUN of each runtime, a ServiceIP
 //   same_node   the ProxyTUN with client and server on one node
 //
-// Every path gets the same loads (iperf3 for TCP streams, bench_load.ts for the rest), paths take turns, and the table
-// shows medians. Everything shares this machine's cores: read the ratios, not the figures.
+// Every path gets the same loads (iperf3 for TCP streams, bench_load.ts for the rest), paths take turns at every load,
+// and the table shows medians. Everything shares this machine's cores: read the ratios, not the figures.
 //   npm run bench -- [--quick] [--repeat N] [--seconds N] [--paths node,kernel] [--soak SECONDS] [--json FILE]
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
@@ -281,35 +281,54 @@ function offloads(place: Place, on: boolean): void {
   }
 }
 
-async function once(path: Path, place: Place): Promise<Figures> {
-  const figures: Figures = {};
-  const before = await agents(place);
-  const machine = machineCpu();
-  const one = iperf(place, 1);
-  const after = await agents(place);
-  figures.tcp1_mbps = one.mbps;
-  figures.machine_cpu_s_per_gb = (machineCpu() - machine) / (one.bytes / 1e9);
-  if (place.agents.length > 0) {
-    figures.cpu_s_per_gb = (after.cpuS - before.cpuS) / (one.bytes / 1e9);
-    figures.rss_load_mb = after.rssMb;
-  }
-  figures.tcp4_mbps = iperf(place, 4).mbps;
-  if (path !== 'same_node') {
+type Step = (path: Path, place: Place, figures: Figures) => Promise<void> | void;
+
+/** Paths take turns at every step, so that what else the machine does meets all of them alike. */
+const STEPS: readonly Step[] = [
+  async (_, place, figures) => {
+    const before = await agents(place);
+    const machine = machineCpu();
+    const one = iperf(place, 1);
+    const after = await agents(place);
+    figures.tcp1_mbps = one.mbps;
+    figures.machine_cpu_s_per_gb = (machineCpu() - machine) / (one.bytes / 1e9);
+    if (place.agents.length > 0) figures.cpu_s_per_gb = (after.cpuS - before.cpuS) / (one.bytes / 1e9);
+  },
+  (_, place, figures) => {
+    figures.tcp4_mbps = iperf(place, 4).mbps;
+  },
+  (path, place, figures) => {
+    if (path === 'same_node') return;
     offloads(place, false);
     try {
       figures.wire_tcp1_mbps = iperf(place, 1).mbps;
     } finally {
       offloads(place, true);
     }
+  },
+  (_, place, figures) => {
+    const rr = load(place, 'rr', seconds);
+    figures.rr_p50_us = rr['p50_us']!;
+    figures.rr_p99_us = rr['p99_us']!;
+  },
+  (_, place, figures) => {
+    figures.udp64_pps = udp64(place);
+  },
+  async (_, place, figures) => {
+    figures.conn_per_s = load(place, 'connect', Math.min(seconds, 3))['per_s']!;
+    if (place.agents.length > 0) figures.rss_load_mb = (await agents(place)).rssMb;
+  },
+];
+
+/** Waits for a quiet machine, at most that long; the share of time that its cores were busy when it began. */
+async function quiet(limitMs: number): Promise<number> {
+  const end = performance.now() + limitMs;
+  for (;;) {
+    const from = machineCpu();
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    const busy = (machineCpu() - from) / (0.3 * availableParallelism());
+    if (busy < 0.08 || performance.now() > end) return busy;
   }
-  const rr = load(place, 'rr', seconds);
-  figures.rr_p50_us = rr['p50_us']!;
-  figures.rr_p99_us = rr['p99_us']!;
-  figures.udp64_pps = udp64(place);
-  figures.conn_per_s = load(place, 'connect', Math.min(seconds, 3))['per_s']!;
-  if (place.agents.length > 0)
-    figures.rss_load_mb = Math.max(figures.rss_load_mb ?? 0, (await agents(place)).rssMb);
-  return figures;
 }
 
 function median(numbers: readonly number[]): number {
@@ -355,10 +374,16 @@ const places = new Map<Path, Place>();
 const runs = new Map<Path, Figures[]>(chosen.map((path) => [path, []]));
 const tables: Partial<Record<Runtime, Record<string, number>>> = {};
 const soaked: Record<string, number[]> = {};
+let busiest = 0;
 
-async function cleanUp(): Promise<void> {
-  for (const child of children) child.kill('SIGKILL');
-  for (const lab of labs) await lab.down();
+let cleaned: Promise<void> | undefined;
+/** Once, whoever asks first: an interrupt and a failure that it causes may both. */
+function cleanUp(): Promise<void> {
+  cleaned ??= (async () => {
+    for (const child of children) child.kill('SIGKILL');
+    for (const lab of labs) await lab.down();
+  })();
+  return cleaned;
 }
 process.once('SIGINT', () => void cleanUp().then(() => process.exit(130)));
 
@@ -370,15 +395,21 @@ try {
     await serve(place.server);
     if (place.agents.length > 0) idle.set(path, (await agents(place)).rssMb);
   }
-  for (let i = 1; i <= repeat; i++)
-    for (const [path, place] of places) {
-      const figures = await once(path, place);
+  for (let i = 1; i <= repeat; i++) {
+    const round_ = new Map<Path, Figures>(chosen.map((path) => [path, {}]));
+    for (const [number, step] of STEPS.entries()) {
+      busiest = Math.max(busiest, await quiet(values.quick ? 2_000 : 15_000));
+      for (const [path, place] of places) await step(path, place, round_.get(path)!);
+      console.error(`round ${i} of ${repeat}, step ${number + 1} of ${STEPS.length}`);
+    }
+    for (const [path, figures] of round_) {
       if (idle.has(path)) figures.rss_idle_mb = idle.get(path)!;
       runs.get(path)!.push(figures);
       console.error(
-        `${i}/${repeat} ${path}: ${JSON.stringify(figures, (_, v) => (typeof v === 'number' ? round(v) : v))}`,
+        `  ${path}: ${JSON.stringify(figures, (_, v) => (typeof v === 'number' ? round(v) : v))}`,
       );
     }
+  }
   for (const runtime of ['node', 'deno'] as const)
     if (chosen.includes(runtime)) {
       const argv = [...runtimeArgv(runtime), join(import.meta.dirname, 'bench_tables.ts')];
@@ -404,12 +435,17 @@ const result: Record<Path, Figures> = Object.fromEntries(
   ]),
 ) as Record<Path, Figures>;
 
+/** Ratios are taken within each round, then their median. */
 function ratios(runtime: Runtime): Record<string, number> {
-  const own = result[runtime] ?? {};
   const over = (metric: Metric, path: Path): number => {
-    const a = own[metric];
-    const b = result[path]?.[metric];
-    return a === undefined || b === undefined ? Number.NaN : round(a / b);
+    const own = runs.get(runtime) ?? [];
+    const other = runs.get(path) ?? [];
+    const found = own.flatMap((figures, i) => {
+      const a = figures[metric];
+      const b = other[i]?.[metric];
+      return a === undefined || b === undefined ? [] : [a / b];
+    });
+    return found.length === 0 ? Number.NaN : round(median(found));
   };
   return {
     tcp1_vs_kernel: over('tcp1_mbps', 'kernel'),
@@ -442,11 +478,11 @@ if (Object.keys(soaked).length > 0) console.log(`\nresident set under load, MB: 
 const version = (runtime: Runtime): string =>
   spawnSync(runtimeArgv(runtime)[0]!, ['--version'], { encoding: 'utf8' }).stdout.split('\n')[0]!.trim();
 console.log(
-  `\n${availableParallelism()} × ${cpus()[0]?.model ?? 'unknown'}, Linux ${release()}, Node ${version('node')}, ${version('deno')}; medians of ${repeat}, ${seconds} s each`,
+  `\n${availableParallelism()} × ${cpus()[0]?.model ?? 'unknown'}, Linux ${release()}, Node ${version('node')}, ${version('deno')}; medians of ${repeat}, ${seconds} s each; other work kept the cores busy for at most ${Math.round(busiest * 100)} % when a step began`,
 );
 if (values.json !== undefined)
   writeFileSync(
     values.json,
-    `${JSON.stringify({ ...result, ratios: both, tables, soaked, repeat, seconds, kernel_release: release(), runs: Object.fromEntries(runs) }, null, 2)}\n`,
+    `${JSON.stringify({ ...result, ratios: both, tables, soaked, repeat, seconds, busiest, kernel_release: release(), runs: Object.fromEntries(runs) }, null, 2)}\n`,
   );
 process.exit(0);
