@@ -452,12 +452,11 @@ if (wanted('instance')) {
     for (const index of [4, 1]) await bench.confirmed(index, 'cart', 3);
     const streams = clients.map((netns) => bench.flows(netns, 'cart', 'roundrobin', 100, 0, true));
     await wait(2_000);
-    const kills: { at: number; index: number }[] = [];
+    const kills: { at: number; index: number; withdrawnMs: number }[] = [];
     for (let cycle = 0; cycle < cycles; cycle++) {
       const index = 4; // the first client's own node
       const at = Date.now();
       process.kill(pids.get(index)!, 'SIGKILL');
-      kills.push({ at, index });
       await until('the dead instance is withdrawn', 10_000, async () => {
         const { items } = await bench.must(index, 'GET', '/api/v1/instances');
         return items.some(
@@ -466,6 +465,7 @@ if (wanted('instance')) {
           ? undefined
           : true;
       });
+      kills.push({ at, index, withdrawnMs: Date.now() - at });
       await wait(1_800); // so that flows to it have failed before it is back
       pids.set(index, await bench.instance('cart', 1, index));
       await wait(1_200);
@@ -476,7 +476,9 @@ if (wanted('instance')) {
         return stream.read();
       }),
     );
-    const tolls = all.map((flows) => kills.map(({ at, index }) => toll(flows, at, at + 1_800, `n${index}`)));
+    const tolls = all.map((flows) =>
+      kills.map(({ at, index, withdrawnMs }) => toll(flows, at, at + withdrawnMs + 1_700, `n${index}`)),
+    );
     const own = tolls[0]!.map((t) => t.lastMs);
     const other = tolls[1]!.map((t) => t.lastMs);
     const resets = tolls.flat().flatMap((t) => t.resetMs ?? []);
@@ -484,6 +486,7 @@ if (wanted('instance')) {
     detail['instance'] = {
       ownNodeMs: own,
       otherNodeMs: other,
+      withdrawnMs: kills.map((k) => k.withdrawnMs),
       resetMs: resets,
       failed: count('failed'),
       repeated: count('repeated'),
@@ -492,7 +495,7 @@ if (wanted('instance')) {
     results['instance_last_flow_elsewhere_p99_s'] = seconds(percentile(other, 0.99));
     results['instance_reset_p99_s'] = seconds(percentile(resets, 0.99));
     progress(
-      `last flow: own node ${own.join(' ')} ms; other node ${other.join(' ')} ms; ${resets.length} connections reset after at most ${percentile(resets, 1)} ms`,
+      `withdrawn after ${kills.map((k) => k.withdrawnMs).join(' ')} ms; last flow: own node ${own.join(' ')} ms; other node ${other.join(' ')} ms; ${resets.length} connections reset after at most ${percentile(resets, 1)} ms`,
     );
   } finally {
     await bench.lab.down();
