@@ -41,7 +41,9 @@ const WORKERS = 4;
 const JOINING = 16;
 const AGENTS_PER_SERVICE = 10;
 const STEADY_MS = 30_000;
-const CHURN_PER_S = 20;
+/** Changes a second that go on during the deploys; an instance that goes and comes back makes three. */
+const CHANGES_PER_S = 20;
+const CHANGES_PER_CHURN = 3;
 const DEPLOYS = 200;
 
 type Request =
@@ -132,13 +134,17 @@ export async function measureAgents({ etcd, say, rssMb }: Bench, count: number) 
 
     let next = 0;
     let churned = 0;
-    const churn = setInterval(() => {
-      next = (next + 37) % count;
-      const agent = next;
-      if (agent % AGENTS_PER_SERVICE !== 0) send(workerOf(agent), { kind: 'churn', agent });
-      churned++;
-    }, 1_000 / CHURN_PER_S);
-    // The first agent of each service is never churned; it is the one that deploys.
+    const churn = setInterval(
+      () => {
+        next = (next + 37) % count;
+        const agent = next;
+        // The first agent of each service is the one that deploys; its neighbour churns in its stead.
+        const churning = agent % AGENTS_PER_SERVICE === 0 ? agent + 1 : agent;
+        send(workerOf(churning), { kind: 'churn', agent: churning });
+        churned++;
+      },
+      (1_000 * CHANGES_PER_CHURN) / CHANGES_PER_S,
+    );
     const services = Math.floor(count / AGENTS_PER_SERVICE);
     for (let i = 0; i < DEPLOYS; i++) {
       const agent = (i % services) * AGENTS_PER_SERVICE;
@@ -183,7 +189,8 @@ export async function measureAgents({ etcd, say, rssMb }: Bench, count: number) 
       etcd_rss_idle_mb: steadyRss,
       deploys: whole.length,
       tables_unreached: unreached,
-      changes_per_s: CHURN_PER_S + 10,
+      changes_per_s: CHANGES_PER_S,
+      deploys_per_s: 10,
       churned,
       watch_lag_p50_ms: round(percentile(lags, 0.5)),
       watch_lag_p99_ms: round(percentile(lags, 0.99)),
