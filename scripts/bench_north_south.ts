@@ -1,6 +1,6 @@
 // North-south: 1,000 set-up and clean cycles with kills in the middle and what they leak, and the TCP throughput of a
 // published port beside the same path without us.
-//   scripts/run scripts/bench_north_south.ts [--json FILE] [--cycles N] [--seconds S] [--runs N]
+//   npm run bench -- north-south [--json FILE] [--quick] [--cycles N] [--seconds S] [--runs N]
 //
 //   …-o 10.99.0.1 ── veth ── 10.99.0.2 …-h ── edgeway0 172.16.0.65/26 ── …-a 172.16.0.66   published: 10.99.0.2:5301
 //                                          └─ plain0   192.168.77.1/24 ── …-b 192.168.77.2   routed: its own address
@@ -29,15 +29,16 @@ const { values } = parseArgs({
     seconds: { type: 'string', default: '2' },
     runs: { type: 'string', default: '11' },
     seed: { type: 'string', default: '1' },
+    quick: { type: 'boolean', default: false },
   },
 });
 /** Namespaces that the cycles make: names of the whole machine, so others' are left out. */
 const OWN_NAMESPACES = new Set(
   Array.from({ length: 7 }, (_, n) => getNamespaceName(`ewB${process.pid}-h-${n}`)),
 );
-const CYCLES = Number(values.cycles);
+const CYCLES = values.quick ? 50 : Number(values.cycles);
 const SECONDS = Number(values.seconds);
-const RUNS = Number(values.runs);
+const RUNS = values.quick ? 3 : Number(values.runs);
 const PREFIX = `ewB${process.pid}`;
 const HOST = `${PREFIX}-h`;
 const OUTSIDE = `${PREFIX}-o`;
@@ -197,6 +198,7 @@ async function throughput(
   }
 }
 
+await must('iperf3', '--version');
 const dir = await mkdtemp(join(tmpdir(), 'edgeway-bench-'));
 const servers: ChildProcess[] = [];
 const namespaces = [OUTSIDE, HOST, OURS, PLAIN];
