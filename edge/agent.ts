@@ -120,7 +120,7 @@ interface Registered {
 }
 
 /** How long a withdrawal waits that etcd did not take. */
-const WITHDRAW_RETRY_MS = 1_000;
+const WITHDRAW_RETRY_MS = 5_000;
 /** Choices that `explain` shows. */
 const CHOICES_SHOWN = 20;
 

@@ -140,10 +140,10 @@ export class HealthMonitor {
     return ward === undefined ? undefined : { up: ward.up, why: ward.why };
   }
 
-  /** False for an instance that is known here and down; an address that is not known is not ours to judge. */
+  /** False also for an instance that is not (or no longer) known here, whatever the keyspace says of it. */
   isUp(namespaceIp: Ipv4): boolean {
     for (const { patient, up } of this.#wards.values()) if (patient.namespaceIp === namespaceIp) return up;
-    return true;
+    return false;
   }
 
   /** Namespace IPs of the instances that are up. */

@@ -145,14 +145,21 @@ export class Steering {
     if (identity === undefined) return false;
     this.#residents.set(resident.id, resident);
     this.#admit(resident, identity);
-    this.#statusAt = Number.NEGATIVE_INFINITY;
-    this.#turn();
+    this.#residentsChanged(resident.service);
     return true;
   }
 
+  /** It is about to leave, or has died: from now on it is not chosen here, although the keyspace may still name it. */
   discharge(id: string): void {
+    const resident = this.#residents.get(id);
     this.#residents.delete(id);
     this.#health.discharge(id);
+    if (resident !== undefined) this.#residentsChanged(resident.service);
+  }
+
+  #residentsChanged(service: ServiceId): void {
+    this.#dirty.add(service);
+    this.#statusAt = Number.NEGATIVE_INFINITY;
     this.#turn();
   }
 

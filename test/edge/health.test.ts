@@ -54,7 +54,7 @@ test('HealthMonitor: without a check an instance is up while its home exists, an
   assert.equal([...monitor.up()], []);
   assert.equal(drive(5_300, 9_000), [], 'once and for ever');
   monitor.discharge('a');
-  assert.is(monitor.isUp(ip), true, 'what is not known is not judged');
+  assert.is(monitor.isUp(ip), false, 'what is not known here is not up');
   assert.is(monitor.deadline(), undefined);
 });
 

@@ -206,6 +206,22 @@ test('Steering: an instance whose process dies leaves the live bits and the loca
   );
 });
 
+test('Steering: an instance of this node is chosen only while it is admitted, whatever the keyspace says', async () => {
+  const bench = new Bench();
+  bench.homes.set('77', 'started');
+  bench.place(CART, [0, 1]);
+  const ip = ipv4(subnet(0) + 2);
+  bench.use(2);
+  await bench.run(100);
+  assert.equal(bench.last('weights')?.weights.roundrobin, [0, 1]);
+  bench.steering.admit({ id: 'a', service: CART, namespaceIp: ip, home: { kind: 'pid', pid: 77 } });
+  assert.equal(bench.last('weights')?.weights.roundrobin, [1, 1]);
+  bench.steering.discharge('a');
+  assert.equal(bench.last('weights')?.weights.roundrobin, [0, 1]);
+  await bench.run(5_000);
+  assert.equal(bench.last('weights')?.weights.roundrobin, [0, 1]);
+});
+
 test('Steering: a failing health check takes an instance out of the choice and back, without the agent', async () => {
   const bench = new Bench();
   bench.homes.set('77', 'started');

@@ -207,6 +207,8 @@ test('health check: an instance is chosen from when its port answers until it do
     [candidates[0]!.health, candidates[0]!.reason],
     ['down', 'its node says that it is dead or unhealthy'],
   );
+  await listen(2, namespaces[0]!);
+  await becomes('n2 listens again', PAY, 'closest', { n2: 100, n3: 0 });
 });
 
 test('instance killed: it is withdrawn from the keyspace, and new flows go elsewhere', async () => {
@@ -222,16 +224,20 @@ test('instance killed: it is withdrawn from the keyspace, and new flows go elsew
   await until('flows go to n2', 10_000, async () => only(await ask(CART, 'closest', 3), 'n2'));
 });
 
-test('etcd away, then an agent killed: its instances are passed over all the same', async () => {
+test('etcd away: a killed instance and then a killed agent are passed over all the same', async () => {
   const rules =
     'table inet cut { chain input { type filter hook input priority 0; tcp dport 2379 iif "under" drop; }; }';
   await must(['ip', 'netns', 'exec', lab.switch, 'nft', rules]);
+  await lab.end(processes.get(`${CART} 1`)!, 'SIGKILL');
+  await becomes('cart 1 is passed over', CART, 'closest', { n2: 0, n3: 100 });
+  assert.equal(await ask(CART, 'closest', 3), ['n3', 'n3', 'n3']);
+  assert.equal(await ask(PAY, 'closest', 3), ['n2', 'n2', 'n2'], 'its node lives');
   const node = lab.node(2);
   const agent = node.agent!;
   node.agent = undefined;
   await lab.end(agent, 'SIGKILL');
-  await becomes('n2 is passed over', CART, 'closest', { n2: 0, n3: 100 });
-  assert.equal(await ask(CART, 'closest', 3), ['n3', 'n3', 'n3']);
+  await becomes('n2 is passed over', PAY, 'closest', { n2: 0, n3: 100 });
+  assert.equal(await ask(PAY, 'closest', 3), ['n3', 'n3', 'n3']);
 });
 
 test.run();
