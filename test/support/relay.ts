@@ -4,14 +4,13 @@ import { createServer, type Server, Socket } from 'node:net';
 export class Relay {
   readonly #server: Server;
   readonly #pairs = new Set<[Socket, Socket]>();
-  readonly #target: { host: string; port: number };
+  #target: { host: string; port: number };
   #mode: 'open' | 'cut' | 'frozen' = 'open';
   port = 0;
   bytes = 0;
 
   private constructor(target: string) {
-    const [host, port] = target.split(':');
-    this.#target = { host: host ?? '127.0.0.1', port: Number(port) };
+    this.#target = parse(target);
     this.#server = createServer((client) => this.#accept(client));
   }
 
@@ -30,6 +29,10 @@ export class Relay {
     return this.#pairs.size;
   }
 
+  /** New connections go there. */
+  target(endpoint: string): void {
+    this.#target = parse(endpoint);
+  }
   /** Every connection is reset, new ones too. */
   cut(): void {
     this.#mode = 'cut';
@@ -86,4 +89,9 @@ export class Relay {
       upstream.pause();
     }
   }
+}
+
+function parse(endpoint: string): { host: string; port: number } {
+  const [host, port] = endpoint.split(':');
+  return { host: host ?? '127.0.0.1', port: Number(port) };
 }
