@@ -188,6 +188,67 @@ test('failures have the status that a gRPC client expects', async ({ client }) =
   assert.match(await codeOf('DeleteInterface', { interface_name: '' }), /^NOT_FOUND/);
 });
 
+test('`edgeway kudo` serves until a signal ends it; what it set up stays, and its next start finds it', async ({
+  lab,
+  dir,
+}) => {
+  const socket = join(dir, 'command.sock');
+  const argv = [
+    ...('deno' in process.versions ? [process.execPath, 'run', '-A', '--quiet'] : [process.execPath]),
+    ...[join(import.meta.dirname!, '../../edge/main.ts'), 'kudo', '--listen', `unix:${socket}`],
+    ...['--state-dir', join(dir, 'command'), '--log-level', 'info'],
+  ];
+  const start = async () => {
+    const child = spawn('nsenter', [`--net=/run/netns/${lab.host}`, '--', ...argv], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+    });
+    let said = '';
+    await new Promise<void>((resolve, reject) => {
+      child.stderr.setEncoding('utf8').on('data', (text: string) => {
+        said += text;
+        if (said.includes('service is up')) resolve();
+      });
+      child.once('exit', () => reject(new Error(said)));
+    });
+    return child;
+  };
+  const end = async (child: ReturnType<typeof spawn>): Promise<void> => {
+    const gone = new Promise((resolve) => child.once('exit', resolve));
+    process.kill(child.pid ?? 0, 'SIGTERM');
+    await gone;
+  };
+  const cni = ['CreateContainerNetworkInterface', { ip_address: ip(1), sub_network: '/24' }] as const;
+  const before = await hostSnapshot(lab.host, 'all');
+  const first = await start();
+  const client = await PythonClient.connect(dir, `unix:${socket}`);
+  try {
+    assert.ok((await client.call(...cni)).ok);
+    await end(first);
+    assert.is((await client.call(...cni)).code, 'UNAVAILABLE');
+    const second = await start();
+    try {
+      const again = await PythonClient.connect(dir, `unix:${socket}`);
+      assert.match(
+        (await again.call('CreateInterface', { ip_address: ip(2), ports: [] })).ok?.interface_name ?? '',
+        /^kvo/,
+      );
+      await again.close();
+    } finally {
+      await end(second);
+    }
+    const kudo = createKudo({
+      runner: within(lab.host),
+      files: hostFiles,
+      log: SILENT,
+      stateDir: join(dir, 'command'),
+    });
+    await kudo.cleanNode({ nodeId: (await kudo.describeNode())?.nodeId ?? '' });
+    assert.is(await hostSnapshot(lab.host, 'all'), before);
+  } finally {
+    await client.close();
+  }
+});
+
 test('the socket is its owner’s alone, and other hosts are never served', async ({ dir, kudo }) => {
   assert.is((await stat(join(dir, 'kudo.sock'))).mode & 0o777, 0o600);
   for (const address of ['0.0.0.0:50051', '10.0.0.1:50051', 'example.org:1', '', 'unix:relative'])
