@@ -804,6 +804,12 @@ export class Agent implements NodeControl {
         `instance ${instance} of ${service} runs on this node already, in ${describeTarget(already.target)}`,
       );
     const found = await this.#findTarget(target);
+    const identity = target.kind === 'pid' ? this.#parts.vitals.identify(target) : undefined;
+    if (former?.identity !== undefined && former.identity !== identity)
+      throw new EdgewayError(
+        'namespace_unknown',
+        `${describeTarget(target)} is not the one that instance ${instance} of ${service} lived in`,
+      );
 
     // With etcd away an instance of the last run goes on with what it held: its claim hangs on this node's tenure.
     const alone = former !== undefined && this.#alonePhase;
@@ -832,7 +838,14 @@ export class Agent implements NodeControl {
     if (former !== undefined) node.addresses.hold(id, former.namespaceIp, clock.monotonicMs());
     const namespaceIp = unwrap(node.addresses.take(id, clock.monotonicMs()));
     undo.push('namespace address', async () => node.addresses.giveBack(id, clock.monotonicMs()));
-    const hosted: Hosted = { service, instance, target, namespaceIp, instanceIp };
+    const hosted: Hosted = {
+      service,
+      instance,
+      target,
+      ...(identity === undefined ? {} : { identity }),
+      namespaceIp,
+      instanceIp,
+    };
 
     undo.push('network of the instance', () => environment.detach({ id }));
     await environment.attach({

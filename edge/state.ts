@@ -23,6 +23,8 @@ export interface Hosted {
   readonly service: ServiceId;
   readonly instance: number;
   readonly target: Target;
+  /** Of a process: what tells it from a later one with the same id (Vitals in ports.ts). */
+  readonly identity?: string;
   readonly namespaceIp: Ipv4;
   readonly instanceIp: Ipv4;
 }
@@ -49,6 +51,7 @@ const savedSchema = v.object({
         v.object({ kind: v.literal('netns'), name: v.string() }),
         v.object({ kind: v.literal('pid'), pid: v.number() }),
       ]),
+      identity: v.exactOptional(v.string()),
       namespaceIp: ipv4Schema,
       instanceIp: ipv4Schema,
     }),

@@ -22,6 +22,14 @@ const STATE: SavedState = {
       namespaceIp: ipv4(0xac100043),
       instanceIp: ipv4(0xac1e0002),
     },
+    {
+      service: unwrap(parseServiceId('a.b.c.d')),
+      instance: 4,
+      target: { kind: 'pid', pid: 77 },
+      identity: '123456',
+      namespaceIp: ipv4(0xac100044),
+      instanceIp: ipv4(0xac1e0003),
+    },
   ],
 };
 
