@@ -594,7 +594,7 @@ export async function publishInstance(
 
 /**
  * Takes an instance away and lets its InstanceIP rest; either may be gone already. Returns the revision that a
- * reader must reach not to see it; 0 when there was nothing. What another node holds under the number stays.
+ * reader must reach not to see it; 0 when there was nothing to see. What another node holds under the number stays.
  */
 export async function releaseInstance(
   kv: Kv,
@@ -627,8 +627,9 @@ export async function releaseInstance(
       operations.push(await rest(claim.key, (resting) => encodeAddress({ ...owner, ...resting })));
     }
     if (operations.length === 0) return 0;
+    const shown = operations.some((operation) => operation.kind === 'delete' && operation.key === key);
     const result = await kv.txn(compares, operations);
-    if (result.succeeded) return result.revision;
+    if (result.succeeded) return shown ? result.revision : 0;
   }
   throw conflict(key);
 }
