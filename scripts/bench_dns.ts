@@ -371,7 +371,7 @@ async function propagation(runtime: Runtime): Promise<Spread> {
       made.push(Date.now());
       const body = { appname, appnamespace, servicename, servicenamespace };
       const { status } = await lab.api(1, 'POST', '/api/v1/services', body);
-      if (status !== 200) throw new Error(`a service was refused with ${status}`);
+      if (status !== 200) throw new Error(`the service ${nameOf(i)} was refused with ${status}`);
       await sleep(50);
     }
     const delays: number[] = [];

@@ -28,6 +28,15 @@ type Behave = (message: Buffer, reply: (bytes: Buffer) => void, from: RemoteInfo
 
 /** An upstream on 127.0.0.1, UDP and TCP on one port. */
 async function fake(behave: Behave, behaveTcp?: (message: Buffer) => Buffer): Promise<Fake> {
+  // A port that is free for UDP may be taken for TCP.
+  for (let tries = 0; tries < 20; tries++) {
+    const made = await fakeOnce(behave, behaveTcp);
+    if (made !== undefined) return made;
+  }
+  throw new Error('no port is free for both UDP and TCP');
+}
+
+async function fakeOnce(behave: Behave, behaveTcp?: (message: Buffer) => Buffer): Promise<Fake | undefined> {
   const udp: Socket = createSocket('udp4');
   await new Promise<void>((resolve) => udp.bind(0, '127.0.0.1', resolve));
   const { port } = udp.address();
@@ -38,7 +47,14 @@ async function fake(behave: Behave, behaveTcp?: (message: Buffer) => Buffer): Pr
       if (behaveTcp !== undefined) socket.end(frame(behaveTcp(data.subarray(2))));
     });
   });
-  await new Promise<void>((resolve) => tcp.listen(port, '127.0.0.1', resolve));
+  const isListening = await new Promise<boolean>((resolve) => {
+    tcp.once('error', () => resolve(false));
+    tcp.listen(port, '127.0.0.1', () => resolve(true));
+  });
+  if (!isListening) {
+    udp.close();
+    return undefined;
+  }
   const self: Fake = {
     port,
     asked: 0,
