@@ -116,7 +116,7 @@ export function isStale(flow: Flow, now: number): boolean {
 /** Open addressing over five-tuples, value = slot. Deletion shifts back, so there are no tombstones. */
 export class TupleIndex {
   readonly #mask: number;
-  /** Four words of key and one of value, -1 when empty. */
+  /** Four words of key and one of slot + 1, 0 when empty: memory that was never used is never touched. */
   readonly #cells: Int32Array;
 
   constructor(max: number) {
@@ -124,7 +124,6 @@ export class TupleIndex {
     while (capacity < max * 2) capacity *= 2;
     this.#mask = capacity - 1;
     this.#cells = new Int32Array(capacity * 5);
-    for (let i = 4; i < this.#cells.length; i += 5) this.#cells[i] = -1;
   }
 
   #home(local: number, remote: number, ports: number, protocol: number): number {
@@ -144,10 +143,10 @@ export class TupleIndex {
     const c = ports | 0;
     for (let i = this.#home(a, b, c, protocol); ; i = (i + 1) & this.#mask) {
       const at = i * 5;
-      const slot = cells[at + 4]!;
-      if (slot < 0) return -1;
+      const value = cells[at + 4]!;
+      if (value === 0) return -1;
       if (cells[at] === a && cells[at + 1] === b && cells[at + 2] === c && cells[at + 3] === protocol)
-        return slot;
+        return value - 1;
     }
   }
 
@@ -158,13 +157,13 @@ export class TupleIndex {
     const b = remote | 0;
     const c = ports | 0;
     let i = this.#home(a, b, c, protocol);
-    while (cells[i * 5 + 4]! >= 0) i = (i + 1) & this.#mask;
+    while (cells[i * 5 + 4] !== 0) i = (i + 1) & this.#mask;
     const at = i * 5;
     cells[at] = a;
     cells[at + 1] = b;
     cells[at + 2] = c;
     cells[at + 3] = protocol;
-    cells[at + 4] = slot;
+    cells[at + 4] = slot + 1;
   }
 
   remove(local: number, remote: number, ports: number, protocol: number): void {
@@ -176,10 +175,10 @@ export class TupleIndex {
     let hole = this.#home(a, b, c, protocol);
     for (; ; hole = (hole + 1) & mask) {
       const at = hole * 5;
-      if (cells[at + 4]! < 0) return;
+      if (cells[at + 4] === 0) return;
       if (cells[at] === a && cells[at + 1] === b && cells[at + 2] === c && cells[at + 3] === protocol) break;
     }
-    for (let i = (hole + 1) & mask; cells[i * 5 + 4]! >= 0; i = (i + 1) & mask) {
+    for (let i = (hole + 1) & mask; cells[i * 5 + 4] !== 0; i = (i + 1) & mask) {
       const at = i * 5;
       const home = this.#home(cells[at]!, cells[at + 1]!, cells[at + 2]!, cells[at + 3]!);
       // It may move into the hole unless its home lies cyclically in (hole, i].
@@ -187,7 +186,7 @@ export class TupleIndex {
       cells.copyWithin(hole * 5, at, at + 5);
       hole = i;
     }
-    cells[hole * 5 + 4] = -1;
+    cells[hole * 5 + 4] = 0;
   }
 }
 
