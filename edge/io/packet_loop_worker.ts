@@ -246,17 +246,23 @@ class Loop {
       this.#now = performance.now();
       if (Atomics.load(this.#flags, FLAG.exit) === 1) break;
       if (Atomics.exchange(this.#flags, FLAG.messages, 0) === 1) this.#takeMessages();
-      let work = this.#fromTun();
-      if (this.#fromTunnel()) work = true;
+      const work = this.#tunReady || this.#tunnelReady;
+      // A side that used up its turn has more; the other one goes first.
+      if (this.#tunReady) this.#tunReady = this.#fromTun() === TUN_READS;
+      if (this.#tunnelReady) this.#tunnelReady = this.#fromTunnel() === TUNNEL_READS;
       if (this.#now - this.#tickedMs >= TICK_MS) this.#tick();
-      if (work) {
-        lastWorkMs = this.#now;
+      if (this.#tunReady || this.#tunnelReady) continue;
+      if (work) lastWorkMs = this.#now;
+      if (this.#now - lastWorkMs < this.#spinMs) {
+        this.#look(0);
         continue;
       }
-      if (this.#now - lastWorkMs < this.#spinMs) continue;
-      this.#sleep();
+      this.#look(TICK_MS);
     }
   }
+
+  #tunReady = false;
+  #tunnelReady = false;
 
   close(): void {
     this.#flowFile?.close();
@@ -282,11 +288,15 @@ class Loop {
     this.#running = false;
   }
 
-  #sleep(): void {
+  /** Asks the kernel what is there, and waits for it for at most that long. */
+  #look(timeoutMs: number): void {
     this.#counters[COUNT.polls]!++;
-    const ready = sys.poll(this.#polls.pointer, 3, TICK_MS);
+    const ready = sys.poll(this.#polls.pointer, 3, timeoutMs);
     if (ready <= 0) return;
     const view = this.#pollsView;
+    this.#tunReady = (view.getInt16(POLLFD.revents, true) & POLLIN) !== 0;
+    // POLLERR: an ICMP error waits to be read off.
+    this.#tunnelReady = (view.getInt16(POLLFD.size + POLLFD.revents, true) & (POLLIN | POLLERR)) !== 0;
     const bad = POLLERR | POLLHUP | POLLNVAL;
     if ((view.getInt16(POLLFD.revents, true) & bad) !== 0)
       this.#fail(`the TUN device ${this.#data.config.tun} is gone`);
@@ -296,7 +306,8 @@ class Loop {
 
   // ——— from the bridge ———
 
-  #fromTun(): boolean {
+  /** Returns how many packets were read. */
+  #fromTun(): number {
     const arena = this.#arenaBytes;
     let reads = 0;
     for (; reads < TUN_READS; reads++) {
@@ -320,7 +331,7 @@ class Loop {
       this.#leaving(arena, at, packet);
     }
     this.#flush();
-    return reads > 0;
+    return reads;
   }
 
   /** One read of the TUN: a packet or a super-packet, with its virtio header in front. */
@@ -408,7 +419,7 @@ class Loop {
 
   // ——— from the tunnel ———
 
-  #fromTunnel(): boolean {
+  #fromTunnel(): number {
     let reads = 0;
     const view = this.#receiveView;
     for (; reads < TUNNEL_READS; reads++) {
@@ -444,7 +455,7 @@ class Loop {
         view.getUint16(RECEIVE.name + SOCKADDR_IN.port),
       );
     }
-    return reads > 0;
+    return reads;
   }
 
   /** What one receive gave: datagrams of `segment` bytes one behind the other, the last one maybe shorter. */
