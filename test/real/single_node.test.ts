@@ -38,6 +38,14 @@ async function attach(
   return await lab.api(1, 'POST', '/api/v1/instances', { service: SERVICE, instance, netns });
 }
 
+/** Waits until the node hosts its instance again, which is later than the table knowing of it from disk. */
+async function back(): Promise<string> {
+  await until('the instance is back', 20_000, async () =>
+    (await lab.api(1, 'GET', '/api/v1/status')).body.instances === 1 ? true : undefined,
+  ).catch((error: Error) => assert.unreachable(`${error.message}\n${lab.tail(lab.node(1))}`));
+  return (await lab.api(1, 'GET', '/api/v1/instances')).body.items[0].namespaceIp;
+}
+
 let before: HostState;
 
 test.before(async () => {
@@ -71,11 +79,8 @@ test('without an endpoint the agent starts an etcd of its own, and ends it', asy
 });
 
 test('a restart takes up the same subnet and the same instance with the same addresses', async () => {
-  const node = await lab.startAgent(1, [], '');
-  await until('the instance is back', 15_000, async () => {
-    const { body } = await lab.api(1, 'GET', '/api/v1/instances');
-    return body.items.length === 1 ? true : undefined;
-  }).catch((error: Error) => assert.unreachable(`${error.message}\n${lab.tail(node)}`));
+  await lab.startAgent(1, [], '');
+  await back();
   const saved = JSON.parse(readFileSync(join(lab.dir, 'n1', 'agent.json'), 'utf8'));
   const { body } = await lab.api(1, 'GET', '/api/v1/instances');
   assert.is(body.items[0].namespaceIp, saved.hosted[0].namespaceIp);
@@ -84,21 +89,11 @@ test('a restart takes up the same subnet and the same instance with the same add
 
 test('kill -9 of the agent: the next start finds what was left and goes on', async () => {
   const node = await lab.startAgent(1, [], '');
-  const address = await until(
-    'the instance is back',
-    15_000,
-    async () =>
-      (await lab.api(1, 'GET', '/api/v1/instances')).body.items[0]?.namespaceIp as string | undefined,
-  );
+  const address = await back();
   await lab.end(node.agent!, 'SIGKILL');
   assert.ok((await hostState()).links.includes('edgeway0'), 'a killed agent cleans nothing');
   await lab.startAgent(1, [], '');
-  const again = await until(
-    'the instance is back',
-    20_000,
-    async () =>
-      (await lab.api(1, 'GET', '/api/v1/instances')).body.items[0]?.namespaceIp as string | undefined,
-  );
+  const again = await back();
   assert.is(again, address);
   const inside = (await lab.exec(`${lab.lab}-one`, ['ip', '-4', '-o', 'addr', 'show', 'dev', 'eth0'])).stdout;
   assert.match(inside, new RegExp(`inet ${address}/26`));
