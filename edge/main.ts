@@ -32,12 +32,10 @@ const agentCommand = defineCommand({
   },
 });
 
-/** Its flags are its own; `edgeway coordinator --help` prints them. */
-const coordinatorCommand = (run: (argv: readonly string[]) => Promise<void>) =>
-  defineCommand({
-    meta: { name: 'coordinator', description: 'hold the root and cluster roles without being a node' },
-    run: ({ rawArgs }) => run(rawArgs),
-  });
+/** Only its line in the list of commands: see the end of the file. */
+const coordinatorCommand = defineCommand({
+  meta: { name: 'coordinator', description: 'hold the root and cluster roles without being a node' },
+});
 
 const restoreResolverCommand = defineCommand({
   meta: {
@@ -85,25 +83,29 @@ const kudoCommand = defineCommand({
   },
 });
 
-await runMain(
-  defineCommand({
-    meta: { name: 'edgeway', version: packageJson.version, description: packageJson.description },
-    subCommands: {
-      agent: agentCommand,
-      coordinator: async () => coordinatorCommand((await import('../coordinator/command.ts')).runCoordinator),
-      get: async () => (await commands()).getCommand,
-      apply: async () => (await commands()).applyCommand,
-      delete: async () => (await commands()).deleteCommand,
-      resolve: async () => (await commands()).resolveCommand,
-      explain: async () => (await commands()).explainCommand,
-      register: async () => (await commands()).registerCommand,
-      attach: async () => (await commands()).attachCommand,
-      detach: async () => (await commands()).detachCommand,
-      describe: async () => (await commands()).describeCommand,
-      watch: async () => (await commands()).watchCommand,
-      status: async () => (await commands()).statusCommand,
-      kudo: kudoCommand,
-      'restore-resolver': restoreResolverCommand,
-    },
-  }),
-);
+const main = defineCommand({
+  meta: { name: 'edgeway', version: packageJson.version, description: packageJson.description },
+  subCommands: {
+    agent: agentCommand,
+    coordinator: coordinatorCommand,
+    get: async () => (await commands()).getCommand,
+    apply: async () => (await commands()).applyCommand,
+    delete: async () => (await commands()).deleteCommand,
+    resolve: async () => (await commands()).resolveCommand,
+    explain: async () => (await commands()).explainCommand,
+    register: async () => (await commands()).registerCommand,
+    attach: async () => (await commands()).attachCommand,
+    detach: async () => (await commands()).detachCommand,
+    describe: async () => (await commands()).describeCommand,
+    watch: async () => (await commands()).watchCommand,
+    status: async () => (await commands()).statusCommand,
+    kudo: kudoCommand,
+    'restore-resolver': restoreResolverCommand,
+  },
+});
+
+// The coordinator has flags and a help of its own, which the command tree would take for itself.
+if (process.argv[2] === 'coordinator') {
+  const { runCoordinator } = await import('../coordinator/command.ts');
+  await runCoordinator(process.argv.slice(3));
+} else await runMain(main);

@@ -9,8 +9,10 @@ cd "$root"
 LAB_PACKAGES=(ip:iproute2 nsenter:util-linux nft:nftables iptables:iptables etcd:etcd-server etcdctl:etcd-client
   busybox:busybox-static curl:curl dockerd:docker.io tcpdump:tcpdump)
 # … and the real clients that the tests ask.
-TEST_PACKAGES=(dig:bind9-dnsutils avahi-daemon:avahi-daemon avahi-resolve:avahi-utils dbus-daemon:dbus iperf3:iperf3
+TEST_PACKAGES=(dig:bind9-dnsutils openssl:openssl avahi-daemon:avahi-daemon avahi-resolve:avahi-utils dbus-daemon:dbus iperf3:iperf3
   /usr/lib/python3/dist-packages/grpc:python3-grpcio /usr/lib/python3/dist-packages/grpc_tools:python3-grpc-tools)
+# … and what the benchmarks run.
+BENCH_PACKAGES=(iperf3:iperf3 ethtool:ethtool dnsperf:dnsperf dnsmasq:dnsmasq-base)
 
 say() { printf '%s\n' "$*" >&2; }
 

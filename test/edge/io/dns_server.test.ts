@@ -273,7 +273,7 @@ test('startDnsServer survives 100,000 hostile datagrams: it answers right afterw
     });
     const arrived = (): number => server.counters()['dns_queries_udp']!;
     const rssAt = (): number => process.memoryUsage().rss / 2 ** 20;
-    // The collector settles on a level (higher on Deno, whose sockets take 64 KiB per datagram); a leak would not.
+    // The collector settles on a level (higher on Deno); a leak would not.
     const levels: number[] = [];
     for (let i = 0; i < 100_000; i++) {
       let message: Buffer;
