@@ -23,7 +23,16 @@ const CHECKS: readonly { readonly name: string; readonly argv: readonly string[]
     name: 'lint and format (biome)',
     argv: [process.execPath, 'node_modules/@biomejs/biome/bin/biome', 'check', '--error-on-warnings', '.'],
   },
-  { name: 'bundle (tsup)', argv: [process.execPath, 'node_modules/tsup/dist/cli-default.js', '--silent'] },
+  {
+    name: 'bundle (tsup)',
+    argv: [
+      process.execPath,
+      'node_modules/tsup/dist/cli-default.js',
+      '--config',
+      'scripts/tsup.config.ts',
+      '--silent',
+    ],
+  },
 ];
 
 let passed = 0;

@@ -24,7 +24,7 @@ export const startPacketLoop: StartPacketLoop = async (config, report) => {
   const counted = new Float64Array(counters);
   const { port1: port, port2 } = new MessageChannel();
   const data: ThreadData = { config, port: port2, counters, flags, eventfd };
-  // Beside this file, whether it runs from source or from the bundle (tsup.config.ts has both as entries).
+  // Beside this file, whether it runs from source or from the bundle (scripts/tsup.config.ts has both as entries).
   const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
   const worker = new Worker(new URL(`./packet_loop_worker.${extension}`, import.meta.url), {
     workerData: data,
