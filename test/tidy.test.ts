@@ -240,6 +240,14 @@ test('files: every file of the house is imported by somebody or is an entry', ()
   assert.is(dead.join('\n'), '');
 });
 
+test('files: the top level holds what was agreed, and nothing else', () => {
+  const agreed =
+    'LICENSE README.md coordinator deno.json edge package-lock.json package.json scripts src test tsconfig.json';
+  const made = ['node_modules', 'dist'];
+  const found = readdirSync(root).filter((name) => !name.startsWith('.') && !made.includes(name));
+  assert.equal(found.sort(), agreed.split(' ').sort());
+});
+
 test('tests: no .only and no .skip is left behind', () => {
   const left = filesOf('test').filter((file) =>
     /\b\w+\.(only|skip)\(/.test(
