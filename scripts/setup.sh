@@ -6,7 +6,7 @@ cd "$root"
 
 # shellcheck shell=bash disable=SC2034
 # program:package pairs. What a laboratory with agents, etcd and a container needs …
-LAB_PACKAGES=(ip:iproute2 nsenter:util-linux nft:nftables iptables:iptables etcd:etcd-server etcdctl:etcd-client
+LAB_PACKAGES=(ip:iproute2 sysctl:procps ps:procps nsenter:util-linux nft:nftables iptables:iptables etcd:etcd-server etcdctl:etcd-client
   busybox:busybox-static curl:curl dockerd:docker.io tcpdump:tcpdump)
 # … and the real clients that the tests ask.
 TEST_PACKAGES=(dig:bind9-dnsutils openssl:openssl avahi-daemon:avahi-daemon avahi-resolve:avahi-utils dbus-daemon:dbus iperf3:iperf3
