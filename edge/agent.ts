@@ -22,8 +22,14 @@ import { explainInWords } from '../src/explain.ts';
 import type { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
-import { type Descriptor, type Instance, type NetworkConfig, portNumbers } from '../src/model.ts';
-import { parseName, type ServiceId, splitServiceId } from '../src/name.ts';
+import {
+  bareDescriptor,
+  type Descriptor,
+  type Instance,
+  type NetworkConfig,
+  portNumbers,
+} from '../src/model.ts';
+import { parseName, type ServiceId } from '../src/name.ts';
 import { layoutOf, subnetIndex } from '../src/plan.ts';
 import {
   decodeCoordinate,
@@ -1061,18 +1067,4 @@ function describeTarget(target: Target): string {
     case 'pid':
       return `process ${target.pid}`;
   }
-}
-
-/** A service that is deployed before anybody described it. */
-function bareDescriptor(id: ServiceId): Descriptor {
-  const { app, appNs, service, serviceNs } = splitServiceId(id);
-  return {
-    appname: app,
-    appnamespace: appNs,
-    servicename: service,
-    servicenamespace: serviceNs,
-    exposed: false,
-    ports: [],
-    statefull: false,
-  };
 }

@@ -1,7 +1,7 @@
 // The nouns of the platform, as every other file uses them. Addresses are integers; text lives in records.ts.
 import type { Cidr, Ipv4 } from './addr.ts';
 import type { Coordinate } from './coordinate.ts';
-import type { ServiceId } from './name.ts';
+import { type ServiceId, splitServiceId } from './name.ts';
 import type { Plan } from './plan.ts';
 import type { Policy } from './policy.ts';
 
@@ -79,6 +79,20 @@ export interface Descriptor {
   readonly statefull: boolean;
   /** Absent: an instance is healthy while its process or namespace exists. */
   readonly health?: HealthCheck;
+}
+
+/** The descriptor of a service that nobody described: it may talk to anybody and publishes nothing. */
+export function bareDescriptor(id: ServiceId): Descriptor {
+  const { app, appNs, service, serviceNs } = splitServiceId(id);
+  return {
+    appname: app,
+    appnamespace: appNs,
+    servicename: service,
+    servicenamespace: serviceNs,
+    exposed: false,
+    ports: [],
+    statefull: false,
+  };
 }
 
 /** The ports that the service itself listens on, each once. */

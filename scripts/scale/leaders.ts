@@ -12,7 +12,7 @@ import { type Cidr, formatCidr, formatIpv4 } from '../../src/addr.ts';
 import { EdgewayError, unwrap } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
 import { SILENT } from '../../src/log.ts';
-import type { Descriptor } from '../../src/model.ts';
+import { bareDescriptor } from '../../src/model.ts';
 import { parseServiceId, type ServiceId } from '../../src/name.ts';
 import { POLICIES } from '../../src/policy.ts';
 import {
@@ -135,7 +135,7 @@ export async function measureLeaderKills({ etcd, say }: Bench, kills: number) {
           await new Promise((resolve) => setTimeout(resolve, 50));
         }
       }
-      services.set(id, (await applyService(kv, keys, config, describe(id))).service.addresses);
+      services.set(id, (await applyService(kv, keys, config, bareDescriptor(id))).service.addresses);
     } else if (rng.below(2) === 0) {
       services.delete(id);
       await deleteService(kv, keys, config, id);
@@ -239,23 +239,5 @@ export async function measureLeaderKills({ etcd, say }: Bench, kills: number) {
     takeover_p50_ms: round(percentile(takeovers, 0.5), 0),
     takeover_max_ms: round(Math.max(...takeovers), 0),
     role_ttl_s: ROLE_TTL_S,
-  };
-}
-
-function describe(id: ServiceId): Descriptor {
-  const [appname, appnamespace, servicename, servicenamespace] = id.split('.') as [
-    string,
-    string,
-    string,
-    string,
-  ];
-  return {
-    appname,
-    appnamespace,
-    servicename,
-    servicenamespace,
-    exposed: false,
-    ports: [],
-    statefull: false,
   };
 }
