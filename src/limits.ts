@@ -143,6 +143,9 @@ export const DNS_INSTANCE_TTL_S = 10;
 export const DNS_NEGATIVE_TTL_S = 0;
 /** Largest UDP answer, whatever a client offers: fits one IPv6 minimum-MTU packet (DNS flag day 2020: 1,280 − 40 − 8). */
 export const DNS_UDP_EDNS_MAX = 1232;
+/** Largest DNS message taken from a UDP socket: questions are far smaller, and answers are asked for in at most
+ *  DNS_UDP_EDNS_MAX; the rest is for servers that do not listen. */
+export const DNS_UDP_MESSAGE_MAX = 4_096;
 /** How long an unknown name waits for the keyspace to say whether it exists; stub resolvers give up after 5 s. */
 export const DNS_LOOKUP_WAIT_MS = 1_000;
 /** Encoded answers kept for repeated questions: 4,096 × about 300 bytes of key and answer = 1.2 MB. */
@@ -173,6 +176,8 @@ export const DNS_TCP_UNREAD_MAX = 64 * 1024;
 /** How often the host's resolv.conf is looked at while ours stands there. */
 export const HOST_RESOLVER_CHECK_MS = 5_000;
 
+/** Largest multicast message, with its IP and UDP headers (RFC 6762 §17). */
+export const MDNS_MESSAGE_MAX = 9_000;
 /** Questions of one multicast message that are looked at; real ones carry one to a few. */
 export const MDNS_QUESTIONS_MAX = 32;
 /** Names whose last multicast is remembered, for rate limits and goodbyes: 1,000 services × 3 policies, four times. */

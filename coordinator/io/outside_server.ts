@@ -4,9 +4,10 @@ import type { Buffer } from 'node:buffer';
 import { Buffer as Bytes } from 'node:buffer';
 import { createSocket } from 'node:dgram';
 import { createServer, type Socket } from 'node:net';
+import { sizeReceives } from '#udp';
 import { EdgewayError } from '../../src/error.ts';
 import type { Keys } from '../../src/keys.ts';
-import { DNS_TCP_CLIENTS_MAX, DNS_TCP_IDLE_MS } from '../../src/limits.ts';
+import { DNS_TCP_CLIENTS_MAX, DNS_TCP_IDLE_MS, DNS_UDP_MESSAGE_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { followKeyspace } from '../keyspace.ts';
 import type { Kv } from '../kv.ts';
@@ -93,6 +94,7 @@ export async function serveOutside(options: {
         resolve();
       });
     });
+    sizeReceives(udp, DNS_UDP_MESSAGE_MAX);
     const bound = udp.address().port;
     udp.on('error', (error) => log.debug({ error: error.message }, 'outside DNS socket'));
     await new Promise<void>((resolve, reject) => {
@@ -114,6 +116,7 @@ export async function serveOutside(options: {
       },
     };
   } catch (cause) {
+    await new Promise<void>((resolve) => udp.close(() => resolve()));
     await close();
     throw new EdgewayError(
       'host_command_failed',

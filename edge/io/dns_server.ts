@@ -5,6 +5,7 @@ import type { Buffer } from 'node:buffer';
 import { Buffer as Bytes } from 'node:buffer';
 import { createSocket, type RemoteInfo, type Socket as UdpSocket } from 'node:dgram';
 import { createServer, type Server, type Socket } from 'node:net';
+import { sizeReceives } from '#udp';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import {
@@ -13,6 +14,7 @@ import {
   DNS_TCP_IDLE_MS,
   DNS_TCP_PIPELINE_MAX,
   DNS_TCP_UNREAD_MAX,
+  DNS_UDP_MESSAGE_MAX,
 } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { parseName, type ServiceId } from '../../src/name.ts';
@@ -352,8 +354,7 @@ function bindUdp(address: string, port: number): Promise<UdpSocket> {
     });
     udp.bind({ address, port, exclusive: true }, () => {
       udp.removeAllListeners('error');
-      // The kernel gives at most net.core.rmem_max.
-      udp.setRecvBufferSize(RECEIVE_BUFFER);
+      sizeReceives(udp, DNS_UDP_MESSAGE_MAX, RECEIVE_BUFFER);
       resolve(udp);
     });
   });

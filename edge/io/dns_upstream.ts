@@ -7,11 +7,13 @@ import { randomInt } from 'node:crypto';
 import { createSocket } from 'node:dgram';
 import { connect, isIP } from 'node:net';
 import { LRUCache } from 'lru-cache';
+import { sizeReceives } from '#udp';
 import {
   DNS_CACHE_BYTES_MAX,
   DNS_CACHE_ENTRIES_MAX,
   DNS_CACHE_NEGATIVE_MAX_S,
   DNS_CACHE_TTL_MAX_S,
+  DNS_UDP_MESSAGE_MAX,
   DNS_UPSTREAM_PENDING_MAX,
   DNS_UPSTREAM_REST_MS,
   DNS_UPSTREAM_TRIES_MS,
@@ -231,6 +233,7 @@ export function createForwarder(options: ForwarderOptions): Forwarder {
       });
       // Connected: the kernel drops what comes from elsewhere and tells of an unreachable port at once.
       socket.connect(server.port, server.address, () => {
+        sizeReceives(socket, DNS_UDP_MESSAGE_MAX);
         if (abort.has(cancel)) socket.send(message, (error) => error && cancel());
       });
     });

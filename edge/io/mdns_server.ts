@@ -8,8 +8,10 @@ import { randomInt } from 'node:crypto';
 import type { RemoteInfo, Socket } from 'node:dgram';
 import { type DecodedPacket, encode, type Packet } from 'dns-packet';
 import createMdns from 'mdns-server';
+import { sizeReceives } from '#udp';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError, toEdgewayError } from '../../src/error.ts';
+import { MDNS_MESSAGE_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { LABEL_LENGTH_MAX, parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
@@ -319,6 +321,7 @@ async function open(
     await closeAll();
     throw toEdgewayError(error);
   }
+  for (const socket of [send, receive]) sizeReceives(socket, MDNS_MESSAGE_MAX);
   const sender: Socket = send;
   sender.setMulticastInterface(address);
   mdns.on('error', (error) => {
