@@ -148,8 +148,9 @@ test('closest: every flow goes to the nearer node, and explain says why by name,
   );
   const [near, far] = byName.candidates;
   assert.is(near!.rttBy, 'probe');
-  assert.ok(near!.rttMs! >= 10 && near!.rttMs! < 20, String(near!.rttMs));
-  assert.ok(far!.rttMs! >= 25 && far!.rttMs! < 40, String(far!.rttMs));
+  // The relay's delay is a floor under what is measured; above it lies whatever else this machine does.
+  assert.ok(near!.rttMs! >= 10 && far!.rttMs! >= 25, `${near!.rttMs} ${far!.rttMs}`);
+  assert.ok(near!.rttMs! < far!.rttMs!, `${near!.rttMs} ${far!.rttMs}`);
   const byAddress = await explain(byName.address);
   assert.is(byAddress.name, `${CART}.any.closest.local`);
   const fixed = await explain(far!.instanceIp);
