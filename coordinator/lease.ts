@@ -3,7 +3,7 @@
 // counts from the moment it handled a renewal, we from the moment we sent it, so we stop before it does. Losing a
 // lease frees nothing by itself; what hangs on the lease is the caller's affair.
 import { EdgewayError, toEdgewayError } from '../src/error.ts';
-import { RENEW_FRACTION, RENEW_JITTER } from '../src/limits.ts';
+import { RENEW_FRACTION, RENEW_JITTER, RENEW_MAX_MS } from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import type { Kv, LeaseId } from './kv.ts';
 
@@ -34,8 +34,10 @@ interface HeldLease {
   asking: boolean;
 }
 
-/** Pause after a refused or unanswered request, at least; a third of the renewal interval otherwise. */
+/** Pause after a refused or unanswered request: a third of the renewal interval, within these bounds. A tenure lease
+ *  of a day is asked for again as soon as a presence lease is: every deploy waits for it. */
 const RETRY_MIN_MS = 250;
+const RETRY_MAX_MS = 5_000;
 
 export class LeaseMachine {
   readonly #ttlMs: number;
@@ -118,10 +120,11 @@ export class LeaseMachine {
   }
 
   #interval(): number {
-    return this.#ttlMs * RENEW_FRACTION * (1 + RENEW_JITTER * (2 * this.#random() - 1));
+    const mean = Math.min(RENEW_MAX_MS, this.#ttlMs * RENEW_FRACTION);
+    return mean * (1 + RENEW_JITTER * (2 * this.#random() - 1));
   }
   #retry(): number {
-    return Math.max(RETRY_MIN_MS, this.#interval() / 3);
+    return Math.min(RETRY_MAX_MS, Math.max(RETRY_MIN_MS, this.#interval() / 3));
   }
 }
 
@@ -133,8 +136,12 @@ export interface LeaseOptions {
   readonly log: Logger;
   /** A lease that an earlier run held, to go on with if it still lives. */
   readonly resume?: LeaseId;
-  /** A lease is held, for the first time or again: publish everything that hangs on it. Its failures are logged. */
+  /** A lease is held, for the first time or again: publish everything that hangs on it. When it fails it is called
+   *  again for as long as that lease is held, at growing intervals; when it fails with `lease_lost` the lease is
+   *  given up for another. */
   readonly onHeld: (lease: LeaseId) => void | Promise<void>;
+  /** A renewal was answered. */
+  readonly onRenewed?: () => void;
   /** The lease is, or must be taken for, ended. */
   readonly onLost?: (lease: LeaseId, cause: string) => void;
 }
@@ -176,11 +183,20 @@ export function keepLease(options: LeaseOptions): LeaseKeeper {
     machine.granted(lease, sentMs);
     for (const resolve of waiting) resolve(lease);
     waiting.clear();
+    publish(lease, RETRY_MIN_MS);
+  };
+
+  const publish = (lease: LeaseId, pauseMs: number): void => {
     Promise.resolve()
       .then(() => options.onHeld(lease))
-      .catch((error: unknown) => {
-        log.warn({ lease, error: toEdgewayError(error).message }, 'publishing under a new lease failed');
-        if (error instanceof EdgewayError && error.code === 'lease_lost') keeper.lost(lease);
+      .catch((thrown: unknown) => {
+        const error = toEdgewayError(thrown);
+        if (stopped || machine.lease !== lease) return;
+        log.warn({ lease, code: error.code, error: error.message }, 'publishing under this lease failed');
+        if (error.code === 'lease_lost') return keeper.lost(lease);
+        time.after(pauseMs * (1 + RENEW_JITTER * (2 * options.random() - 1)), () => {
+          if (!stopped && machine.lease === lease) publish(lease, Math.min(RETRY_MAX_MS, 2 * pauseMs));
+        });
       });
   };
 
@@ -203,6 +219,7 @@ export function keepLease(options: LeaseOptions): LeaseKeeper {
       await kv.keepAlive(lease);
       renewals++;
       machine.renewed(lease, sentMs);
+      options.onRenewed?.();
       arm();
     } catch (error) {
       const ended = error instanceof EdgewayError && error.code === 'lease_lost';

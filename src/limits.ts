@@ -42,6 +42,8 @@ export const PING_TIMEOUT_MS = 2_000;
 /** Renewal at a third of the TTL, ±20 % so that a fleet started at once does not renew at once. */
 export const RENEW_FRACTION = 1 / 3;
 export const RENEW_JITTER = 0.2;
+/** … but at least this often: a tenure of a day, renewed every 8 h, would have 16 h left when an outage begins. */
+export const RENEW_MAX_MS = 600_000;
 /** A role's lease: a standby acts this long after its holder died. Short, because roles only do chores. */
 export const ROLE_TTL_S = 5;
 /** Changes are gathered this long before a role decides, so that a burst costs one pass. */

@@ -3,6 +3,7 @@ import * as assert from 'uvu/assert';
 import type { LeaseId } from '../../coordinator/kv.ts';
 import { keepLease, LeaseMachine } from '../../coordinator/lease.ts';
 import { MemoryStore } from '../../coordinator/memory.ts';
+import { EdgewayError } from '../../src/error.ts';
 import { SILENT } from '../../src/log.ts';
 import { settle, VirtualTime } from '../support/time.ts';
 
@@ -75,6 +76,19 @@ test('LeaseMachine takes the store’s word that a lease has ended, and asks for
   const { atMs, why } = machine.deadline()!;
   assert.is(why, 'grant');
   assert.ok(atMs >= 5_350, 'a refused grant is not repeated in a tight loop');
+});
+
+test('LeaseMachine asks again within seconds and renews within minutes, however long the lease', () => {
+  const machine = new LeaseMachine(86_400, () => 0.5);
+  machine.handleTimeout(0);
+  machine.grantFailed(2_000);
+  assert.equal(machine.deadline(), { atMs: 7_000, why: 'grant' });
+  machine.handleTimeout(7_000);
+  machine.granted(A, 7_000);
+  assert.equal(machine.deadline(), { atMs: 607_000, why: 'renew' });
+  machine.handleTimeout(607_000);
+  machine.renewFailed(A, false, 609_000);
+  assert.equal(machine.deadline(), { atMs: 614_000, why: 'renew' });
 });
 
 interface World {
@@ -181,6 +195,33 @@ test('keepLease replaces a lease that a write found ended, and resumes an earlie
   assert.is.not(third.lease, held[1]);
   assert.is(await third.held(1_000), third.lease);
   await third.stop(true);
+});
+
+test('keepLease publishes until it succeeds, under the lease that is held', async () => {
+  const { time, store, held, lost } = world();
+  const kv = store.connect();
+  let refusals = 3;
+  const keeper = keepLease({
+    kv,
+    ttlS: 15,
+    time,
+    random: () => 0.5,
+    log: SILENT,
+    onHeld: async (lease) => {
+      held.push(lease);
+      if (refusals-- > 0) throw new EdgewayError('coordination_unavailable', 'etcd does not answer');
+      await kv.txn([], [{ kind: 'put', key: '/nodes/n1', value: 'here', lease }]);
+    },
+    onLost: (_, cause) => void lost.push(cause),
+  });
+  await time.advance(4_000);
+  assert.is(held.length, 4);
+  assert.is(new Set(held).size, 1, 'the lease is not to blame');
+  assert.equal(lost, []);
+  assert.is((await kv.get('/nodes/n1'))?.lease, keeper.lease);
+  await time.advance(60_000);
+  assert.is(held.length, 4, 'once is enough');
+  await keeper.stop(true);
 });
 
 test('keepLease publishes again when publishing itself met lease_lost', async () => {
