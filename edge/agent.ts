@@ -8,6 +8,7 @@ import {
   claimSubnet,
   deleteService,
   ensureConfig,
+  ensureService,
   publishInstance,
   publishNode,
   releaseInstance,
@@ -22,22 +23,10 @@ import { explainInWords } from '../src/explain.ts';
 import type { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
-import {
-  bareDescriptor,
-  type Descriptor,
-  type Instance,
-  type NetworkConfig,
-  portNumbers,
-} from '../src/model.ts';
+import { bareDescriptor, type Instance, type NetworkConfig, portNumbers } from '../src/model.ts';
 import { parseName, type ServiceId } from '../src/name.ts';
 import { layoutOf, subnetIndex } from '../src/plan.ts';
-import {
-  decodeCoordinate,
-  decodeService,
-  encodeCoordinate,
-  type ParsedDescriptor,
-  recordError,
-} from '../src/records.ts';
+import { decodeCoordinate, encodeCoordinate, type ParsedDescriptor } from '../src/records.ts';
 import type {
   Change,
   ExplainView,
@@ -51,23 +40,15 @@ import { type DeployRequest, parseSubnetwork, type Target } from './api/schema.t
 import type { AgentConfig } from './config.ts';
 import type { Environment } from './host/environment.ts';
 import { NamespaceAddresses } from './ipam.ts';
+import { LoopKeeper } from './loop_keeper.ts';
 import { INGRESS, NorthSouth } from './north_south.ts';
-import type {
-  Clock,
-  Container,
-  ContainerEngine,
-  Files,
-  PacketLoop,
-  StartPacketLoop,
-  Timers,
-  Vitals,
-} from './ports.ts';
+import type { Clock, Container, ContainerEngine, Files, StartPacketLoop, Timers, Vitals } from './ports.ts';
 import { projectLocal, projectService } from './project.ts';
-import type { ProxyReport } from './proxy/command.ts';
+import type { ProxyConfig, ProxyReport } from './proxy/command.ts';
 import type { RouteFollower } from './routes/follow.ts';
 import { encodeSnapshot } from './routes/snapshot.ts';
 import type { RouteDelta, RouteTable } from './routes/table.ts';
-import { decodeState, encodeState, type Hosted, type SavedState } from './state.ts';
+import { decodeState, encodeState, type Hosted, type Leaving, type SavedState } from './state.ts';
 import { type Position, Steering } from './steering.ts';
 import { Undo } from './undo.ts';
 import { viewExplanation, viewInstance, viewNode, viewProblems, viewService } from './view.ts';
@@ -94,7 +75,10 @@ export interface AgentParts {
   readonly routes: RouteFollower;
   /** Follows everything, for those who list or watch more than this node is interested in; to be closed after use. */
   readonly openAll: () => RouteFollower;
-  readonly environment: Environment;
+  readonly environment: Pick<
+    Environment,
+    'hostRoutes' | 'setupNode' | 'attachTun' | 'attach' | 'detach' | 'expose' | 'cleanNode'
+  >;
   readonly engine: ContainerEngine;
   readonly files: Files;
   readonly clock: Clock;
@@ -117,7 +101,7 @@ interface Registered {
   readonly network: NetworkConfig;
   readonly claim: SubnetClaim;
   readonly addresses: NamespaceAddresses;
-  readonly loop: PacketLoop;
+  readonly loop: LoopKeeper;
   readonly names: NameServer;
   readonly presence: LeaseKeeper;
   readonly tenure: LeaseKeeper;
@@ -125,8 +109,8 @@ interface Registered {
   readonly northSouth: NorthSouth;
 }
 
-/** How long a withdrawal waits that etcd did not take. */
-const WITHDRAW_RETRY_MS = 5_000;
+/** Pause before what could not be taken away is tried again. */
+const LEAVE_RETRY_MS = 5_000;
 /** Choices that `explain` shows. */
 const CHOICES_SHOWN = 20;
 
@@ -139,6 +123,9 @@ const MAY_STILL_COME: ReadonlySet<ErrorCode> = new Set([
 ]);
 const RESUME_RETRY_MS = 5_000;
 
+/** What comes back by itself when etcd does. */
+const MAY_PASS: ReadonlySet<ErrorCode> = new Set(['coordination_unavailable', 'timeout', 'conflict']);
+
 const hostedKey = (service: ServiceId, instance: number): string => `${service}/${instance}`;
 
 export class Agent implements NodeControl {
@@ -146,6 +133,9 @@ export class Agent implements NodeControl {
   readonly #log: Logger;
   readonly #statePath: string;
   readonly #hosted = new Map<string, Hosted>();
+  /** No longer hosted, and not yet gone from the keyspace and the host; outlives a restart. */
+  readonly #leaving = new Map<string, Leaving>();
+  #leaveArmed = false;
   #registered: Registered | undefined;
   #queue: Promise<unknown> = Promise.resolve();
   #stopping = false;
@@ -159,6 +149,8 @@ export class Agent implements NodeControl {
   #ingress: Instance | undefined;
   /** As last published; goes into the node's record whenever that is written. */
   #position: Position | undefined;
+  /** Wall time at which etcd last confirmed the tenure; what age the saved claim has after a restart. */
+  #tenureMs: number | undefined;
 
   constructor(parts: AgentParts) {
     this.#parts = parts;
@@ -201,17 +193,30 @@ export class Agent implements NodeControl {
       await this.register(register.kind === 'exact' ? formatCidr(register.subnet) : undefined);
       return;
     }
-    this.#log.info({ subnet: formatCidr(saved.subnet), count: saved.hosted.length }, 'resuming');
+    const kept = formatCidr(saved.subnet);
+    this.#log.info({ subnet: kept, count: saved.hosted.length }, 'resuming');
+    if (register.kind === 'exact' && formatCidr(register.subnet) !== kept)
+      this.#log.warn(
+        { subnet: kept },
+        `a node keeps its subnet: --register ${formatCidr(register.subnet)} counts for a new data directory`,
+      );
     this.#resuming = [...saved.hosted];
-    try {
-      await this.register(formatCidr(saved.subnet), saved);
-    } catch (thrown) {
-      // Away for longer than tenure, and somebody else came: a new subnet, and new namespace addresses in it.
-      if (toEdgewayError(thrown).code !== 'subnet_taken' || register.kind === 'exact') throw thrown;
-      this.#warn('the subnet of the last run is not ours any more', thrown);
-      await this.register(undefined);
-    }
+    for (const left of saved.leaving ?? []) this.#leaving.set(hostedKey(left.service, left.instance), left);
+    await this.#registerAnew(kept, saved);
     await this.#resume();
+  }
+
+  /** The subnet that this node had, or another when somebody else has it by now. */
+  async #registerAnew(kept: string, saved?: SavedState): Promise<void> {
+    try {
+      await this.#register(kept, saved);
+    } catch (thrown) {
+      const { register } = this.#parts.config;
+      // New namespace addresses come with a new subnet.
+      if (toEdgewayError(thrown).code !== 'subnet_taken' || register.kind === 'exact') throw thrown;
+      this.#warn(`${kept} is not this node's any more`, thrown);
+      await this.#register(undefined);
+    }
   }
 
   /** Attaches again what the last run hosted; what may still come (an engine that starts later) is tried again. */
@@ -224,12 +229,14 @@ export class Agent implements NodeControl {
         const { code, message } = toEdgewayError(thrown);
         const { service, instance } = hosted;
         if (MAY_STILL_COME.has(code)) waiting.push(hosted);
+        else this.#leaving.set(hostedKey(service, instance), hosted);
         this.#log.warn({ service, instance, code, error: message }, 'instance is not resumed');
       }
     }
     // An undeploy may have come in between: it is not brought back.
     this.#resuming = waiting.filter((hosted) => this.#resuming.includes(hosted));
     await this.#alone(() => this.#writeState());
+    this.#leaveSoon(0);
     if (this.#resuming.length > 0 && !this.#stopping)
       this.#parts.timers.after(RESUME_RETRY_MS, () => void this.#resume());
   }
@@ -247,7 +254,14 @@ export class Agent implements NodeControl {
 
   // ---- NodeControl ----
 
-  register(subnetwork: string | undefined, saved?: SavedState): Promise<{ subnetwork: string }> {
+  async register(subnetwork: string | undefined): Promise<{ subnetwork: string }> {
+    const answer = await this.#register(subnetwork);
+    // A registration by hand, after the one at the start had failed.
+    if (this.#resuming.length > 0) void this.#resume();
+    return answer;
+  }
+
+  #register(subnetwork: string | undefined, saved?: SavedState): Promise<{ subnetwork: string }> {
     return this.#alone(async () => {
       const held = this.#registered;
       if (held === undefined) {
@@ -269,22 +283,26 @@ export class Agent implements NodeControl {
   }
 
   async deploy(request: DeployRequest): Promise<InstanceView> {
+    refuseReserved(request.service);
     return viewInstance(await this.#deployAlone(request, undefined));
   }
 
   undeploy(service: ServiceId, instance: number | undefined): Promise<void> {
     return this.#alone(async () => {
       const node = this.#node();
-      this.#resuming = this.#resuming.filter(
-        (one) => one.service !== service || (instance !== undefined && one.instance !== instance),
-      );
-      for (const hosted of [...this.#hosted.values()])
-        if (hosted.service === service && (instance === undefined || hosted.instance === instance))
-          await this.#undeploy(node, hosted);
+      const isMeant = (one: Leaving): boolean =>
+        one.service === service && (instance === undefined || one.instance === instance);
+      for (const one of this.#resuming)
+        if (isMeant(one)) this.#leaving.set(hostedKey(service, one.instance), one);
+      this.#resuming = this.#resuming.filter((one) => !isMeant(one));
+      for (const hosted of [...this.#hosted.values()]) if (isMeant(hosted)) this.#dismiss(node, hosted);
+      await this.#writeState();
+      for (const left of [...this.#leaving.values()]) if (isMeant(left)) await this.#leave(node, left);
     });
   }
 
-  apply({ descriptor }: ParsedDescriptor): Promise<ServiceView> {
+  apply({ id, descriptor }: ParsedDescriptor): Promise<ServiceView> {
+    refuseReserved(id);
     return this.#alone(async () => {
       const { kv, keys, network, routes, table } = this.#parts;
       const config = this.#registered?.network ?? (await ensureConfig(kv, keys, network));
@@ -384,6 +402,11 @@ export class Agent implements NodeControl {
       runtime,
       version,
     };
+  }
+
+  /** Why this node serves nobody although it should; undefined when all is well. */
+  ailment(): string | undefined {
+    return this.#registered?.loop.down;
   }
 
   /** Whether flows may still use a service although nobody asks for it any more. */
@@ -519,28 +542,36 @@ export class Agent implements NodeControl {
         mtu,
       });
 
-      const loop = await this.#parts.startLoop(
-        {
-          tun: config.tun,
-          mtu,
-          vni: network.vni,
-          nodeIp,
-          ewp: config.ewp,
-          servicesBase: plan.services.base,
-          servicesBits: plan.services.bits,
-          subnetBase: claim.subnet.base,
-          subnetBits: claim.subnet.bits,
-          flowsMax: limits.FLOWS_MAX,
-          flowsFile: `${config.dataDir}/flows`,
-          seed: this.#seed(),
-          ...(network.secret === undefined
-            ? {}
-            : { secret: new Uint8Array(Buffer.from(network.secret, 'hex')) }),
+      const loopConfig: ProxyConfig = {
+        tun: config.tun,
+        mtu,
+        vni: network.vni,
+        nodeIp,
+        ewp: config.ewp,
+        servicesBase: plan.services.base,
+        servicesBits: plan.services.bits,
+        subnetBase: claim.subnet.base,
+        subnetBits: claim.subnet.bits,
+        flowsMax: limits.FLOWS_MAX,
+        flowsFile: `${config.dataDir}/flows`,
+        seed: this.#seed(),
+        ...(network.secret === undefined
+          ? {}
+          : { secret: new Uint8Array(Buffer.from(network.secret, 'hex')) }),
+      };
+      const attachTun = () => environment.attachTun({ services: plan.services });
+      const loop = await LoopKeeper.start({
+        start: (report) => this.#parts.startLoop(loopConfig, report),
+        report: (report) => this.#loopReported(report),
+        restarted: async () => {
+          await attachTun();
+          if (this.#registered !== undefined) this.#tellLoop(this.#registered);
         },
-        (report) => this.#loopReported(report),
-      );
+        timers,
+        log: this.#log,
+      });
       undo.push('packet loop', () => loop.stop());
-      await environment.attachTun({ services: plan.services });
+      await attachTun();
 
       const names = await this.#parts.startNames(claim.subnet, (source) => this.#needsOf(source));
       undo.push('names', () => names.stop());
@@ -551,14 +582,24 @@ export class Agent implements NodeControl {
         ...lease,
         ttlS: network.tenureTtlS,
         resume: claim.lease,
-        onHeld: (held) => this.#renewTenure(held, claim, network),
+        onHeld: async (held) => {
+          await this.#renewTenure(held, claim, network);
+          this.#tenureConfirmed();
+        },
+        onRenewed: () => this.#tenureConfirmed(),
       });
       undo.push('tenure', () => tenure.stop(false));
       const presence = keepLease({
         ...lease,
         ttlS: network.presenceTtlS,
         onHeld: async (held) => {
-          await this.#publishAll(held, claim);
+          try {
+            await this.#publishAll(held, claim);
+          } catch (thrown) {
+            // The subnet may be what is lost, and then no other lease would help.
+            if (toEdgewayError(thrown).code === 'lease_lost' && !(await this.#checkClaim(claim))) return;
+            throw thrown;
+          }
           if (!this.#alonePhase) return;
           this.#alonePhase = false;
           this.#log.info({}, 'etcd is back: published what went on without it');
@@ -582,7 +623,7 @@ export class Agent implements NodeControl {
       const node: Registered = {
         network,
         claim,
-        addresses: new NamespaceAddresses(claim.subnet),
+        addresses: new NamespaceAddresses(claim.subnet, network.quarantineS * 1000, saved?.nextAddress),
         loop,
         names,
         presence,
@@ -591,10 +632,10 @@ export class Agent implements NodeControl {
         northSouth,
       };
       this.#registered = node;
-      // The loop starts empty; everything that is known already is news to it.
-      for (const service of this.#parts.table.services()) this.#projectService(node, service.id);
+      this.#tellLoop(node);
       steering.start();
       northSouth.update();
+      this.#watchClaim(node);
       this.#log.info({ node: config.node, subnet: formatCidr(claim.subnet) }, 'registered');
       return node;
     });
@@ -608,7 +649,10 @@ export class Agent implements NodeControl {
     saved: SavedState | undefined,
   ): Promise<{ network: NetworkConfig; claim: SubnetClaim } | undefined> {
     if (saved?.claim === undefined || saved.network === undefined) return undefined;
-    const { kv, keys, timers } = this.#parts;
+    const { kv, keys, timers, clock } = this.#parts;
+    const ageMs = clock.wallMs() - (saved.tenureMs ?? clock.wallMs());
+    // Somebody else may hold by now what this node held.
+    if (ageMs >= saved.network.tenureTtlS * 1000) return undefined;
     let cancel = (): void => {};
     const late = new Promise<boolean>((resolve) => {
       cancel = timers.after(limits.AWAY_AFTER_MS, () => resolve(false));
@@ -635,7 +679,8 @@ export class Agent implements NodeControl {
     try {
       const again = await claimSubnet(kv, keys, network, owner, { exact: claim.subnet, lease, nodeIp });
       if (again.epoch !== claim.epoch) throw new EdgewayError('lease_lost', 'the subnet was free meanwhile');
-      for (const { service, instance, instanceIp } of this.#hosted.values()) {
+      const holding = this.#ingress === undefined ? [] : [this.#ingress];
+      for (const { service, instance, instanceIp } of [...this.#hosted.values(), ...holding]) {
         const wish = {
           service,
           instance,
@@ -651,7 +696,7 @@ export class Agent implements NodeControl {
     } catch (thrown) {
       const error = toEdgewayError(thrown);
       if (error.code !== 'lease_lost' && error.code !== 'subnet_taken') throw thrown;
-      void this.#rejoin(error);
+      void this.#rejoin(error, claim.subnet);
     }
   }
 
@@ -661,13 +706,14 @@ export class Agent implements NodeControl {
   }
 
   /** Tenure ended while nobody renewed it: everything that hung on it is claimed anew, and instances attached again. */
-  async #rejoin(why: EdgewayError): Promise<void> {
+  async #rejoin(why: EdgewayError, lost: Cidr): Promise<void> {
     if (this.#rejoining || this.#stopping) return;
     this.#rejoining = true;
     this.#log.error({ code: why.code, error: why.message }, 'this node lost its claims: joining anew');
     await this.#alone(async () => {
       const node = this.#registered;
       this.#registered = undefined;
+      this.#ingress = undefined;
       this.#resuming = [...this.#hosted.values(), ...this.#resuming];
       this.#hosted.clear();
       if (node !== undefined) await this.#close(node);
@@ -675,7 +721,7 @@ export class Agent implements NodeControl {
     const again = async (): Promise<void> => {
       if (this.#stopping) return;
       try {
-        await this.register(undefined);
+        await this.#registerAnew(formatCidr(lost));
         this.#rejoining = false;
         await this.#resume();
       } catch (thrown) {
@@ -684,6 +730,31 @@ export class Agent implements NodeControl {
       }
     };
     await again();
+  }
+
+  /** Whether the subnet is still this node's; when it is not, the node joins anew. */
+  async #checkClaim({ subnet, epoch }: SubnetClaim): Promise<boolean> {
+    const { kv, keys } = this.#parts;
+    const entry = await kv.get(keys.build({ kind: 'subnet', subnet }));
+    if (entry?.createRevision === epoch) return true;
+    const what = entry === undefined ? 'its claim is gone' : 'it was claimed anew';
+    void this.#rejoin(new EdgewayError('lease_lost', `subnet ${formatCidr(subnet)}: ${what}`), subnet);
+    return false;
+  }
+
+  /** A claim can vanish while both leases live: deleted by hand, or with an etcd that was restored from an old copy. */
+  #watchClaim(node: Registered): void {
+    this.#parts.timers.after(limits.CLAIM_CHECK_MS, () => {
+      if (this.#registered !== node || this.#stopping) return;
+      const checked = this.#alonePhase ? Promise.resolve(true) : this.#checkClaim(node.claim);
+      // Away is no answer.
+      checked.catch(() => true).then((held) => held && this.#watchClaim(node));
+    });
+  }
+
+  #tenureConfirmed(): void {
+    this.#tenureMs = this.#parts.clock.wallMs();
+    void this.#writeState().catch((thrown: unknown) => this.#warn('the state is not saved', thrown));
   }
 
   async #close(node: Registered): Promise<void> {
@@ -699,7 +770,7 @@ export class Agent implements NodeControl {
   async #steer(
     network: NetworkConfig,
     claim: SubnetClaim,
-    loop: PacketLoop,
+    loop: LoopKeeper,
     presence: LeaseKeeper,
   ): Promise<Steering> {
     const { config, table, clock, timers, vitals, nonce, files } = this.#parts;
@@ -744,17 +815,23 @@ export class Agent implements NodeControl {
     );
   }
 
-  /** Everything that hangs on the presence lease, under a new one. */
+  /** Everything that hangs on the presence lease, under a new one. Rejects when something may pass at another try. */
   async #publishAll(lease: LeaseId, claim: SubnetClaim): Promise<void> {
     const { kv, keys } = this.#parts;
     await this.#publishNode(lease, claim);
-    for (const hosted of this.#hosted.values())
-      try {
-        await publishInstance(kv, keys, claim.subnet, this.#instanceOf(hosted, claim), lease);
-      } catch (thrown) {
-        this.#warn(`instance ${hosted.instance} of ${hosted.service} is not published again`, thrown);
-      }
-    if (this.#ingress !== undefined) await publishInstance(kv, keys, claim.subnet, this.#ingress, lease);
+    // Not while an instance is being taken away: it would be published once more.
+    await this.#alone(async () => {
+      if (this.#registered?.claim !== claim) return;
+      const hosted = [...this.#hosted.values()].map((one) => this.#instanceOf(one, claim));
+      for (const instance of this.#ingress === undefined ? hosted : [...hosted, this.#ingress])
+        try {
+          await publishInstance(kv, keys, claim.subnet, instance, lease);
+        } catch (thrown) {
+          const { code } = toEdgewayError(thrown);
+          if (MAY_PASS.has(code) || code === 'lease_lost') throw thrown;
+          this.#warn(`instance ${instance.instance} of ${instance.service} is not published again`, thrown);
+        }
+    });
   }
 
   /** Makes the node itself a sender: what enters by a published port and leaves for another node carries this
@@ -762,7 +839,7 @@ export class Agent implements NodeControl {
   async #openIngress(
     network: NetworkConfig,
     claim: SubnetClaim,
-    loop: PacketLoop,
+    loop: LoopKeeper,
     tenure: LeaseKeeper,
     presence: LeaseKeeper,
   ): Promise<void> {
@@ -784,7 +861,7 @@ export class Agent implements NodeControl {
       ports: [],
       epoch: claim.epoch,
     };
-    loop.send({ kind: 'local', namespaceIp, instanceIp, service: INGRESS });
+    loop.send(projectLocal(this.#parts.table, ingress));
     await publishInstance(kv, keys, claim.subnet, ingress, await presence.held(limits.READ_YOUR_WRITES_MS));
     this.#ingress = ingress;
   }
@@ -798,9 +875,10 @@ export class Agent implements NodeControl {
     return this.#alone(() => Undo.guard(this.#log, (undo) => this.#deploy(wanted, former, undo)));
   }
 
+  /** The host first, the keyspace after it: what the host refuses has written nothing. */
   async #deploy(request: DeployRequest, former: Hosted | undefined, undo: Undo): Promise<Instance> {
     const { service, instance, target } = request;
-    const { kv, keys, environment, routes, clock, config } = this.#parts;
+    const { environment, routes, clock } = this.#parts;
     const node = this.#node();
     const id = hostedKey(service, instance);
     const already = this.#hosted.get(id);
@@ -809,6 +887,8 @@ export class Agent implements NodeControl {
         'instance_exists',
         `instance ${instance} of ${service} runs on this node already, in ${describeTarget(already.target)}`,
       );
+    const left = this.#leaving.get(id);
+    if (left !== undefined) await this.#leave(node, left);
     const found = await this.#findTarget(target);
     const identity = target.kind === 'pid' ? this.#parts.vitals.identify(target) : undefined;
     if (former?.identity !== undefined && former.identity !== identity)
@@ -817,42 +897,10 @@ export class Agent implements NodeControl {
         `${describeTarget(target)} is not the one that instance ${instance} of ${service} lived in`,
       );
 
-    // With etcd away an instance of the last run goes on with what it held: its claim hangs on this node's tenure.
-    const alone = former !== undefined && this.#alonePhase;
-    let instanceIp: Ipv4;
-    if (alone) instanceIp = former.instanceIp;
-    else {
-      const descriptor = (await this.#describedInStore(service)) ?? bareDescriptor(service);
-      await applyService(kv, keys, node.network, descriptor, request.addresses);
-      const claim = await claimInstance(kv, keys, node.network, {
-        service,
-        instance,
-        node: config.node,
-        ...this.#within(),
-        lease: await node.tenure.held(limits.READ_YOUR_WRITES_MS),
-        ...(request.instanceIp === undefined ? {} : { wanted: request.instanceIp }),
-        ...(former === undefined ? {} : { preferred: former.instanceIp }),
-      });
-      instanceIp = claim.instanceIp;
-      const held = { service, instance, node: config.node, instanceIp };
-      undo.push('instance address', async () => {
-        await releaseInstance(kv, keys, node.network, held);
-      });
-    }
-
     // Refused when the address lies in another subnet than this run's; then any other will do.
     if (former !== undefined) node.addresses.hold(id, former.namespaceIp, clock.monotonicMs());
     const namespaceIp = unwrap(node.addresses.take(id, clock.monotonicMs()));
     undo.push('namespace address', async () => node.addresses.giveBack(id, clock.monotonicMs()));
-    const hosted: Hosted = {
-      service,
-      instance,
-      target,
-      ...(identity === undefined ? {} : { identity }),
-      namespaceIp,
-      instanceIp,
-    };
-
     undo.push('network of the instance', () => environment.detach({ id }));
     await environment.attach({
       id,
@@ -863,6 +911,18 @@ export class Agent implements NodeControl {
       resolvConf: { nameserver: layoutOf(node.claim.subnet).bridge },
       ...(found.container === undefined ? {} : { container: found.container }),
     });
+
+    // With etcd away an instance of the last run goes on with what it held: its claim hangs on this node's tenure.
+    const alone = former !== undefined && this.#alonePhase;
+    const instanceIp = alone ? former.instanceIp : await this.#claimFor(node, request, former, undo);
+    const hosted: Hosted = {
+      service,
+      instance,
+      target,
+      ...(identity === undefined ? {} : { identity }),
+      namespaceIp,
+      instanceIp,
+    };
     undo.push('packet path', async () => node.loop.send({ kind: 'localGone', namespaceIp }));
     node.loop.send(projectLocal(this.#parts.table, hosted));
     undo.push('health', async () => node.steering.discharge(id));
@@ -880,6 +940,7 @@ export class Agent implements NodeControl {
     if (!alone) {
       // Alone, it is published with everything else as soon as presence is held.
       const lease = await node.presence.held(limits.READ_YOUR_WRITES_MS);
+      const { kv, keys } = this.#parts;
       const revision = await publishInstance(kv, keys, node.claim.subnet, published, lease);
       await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
     }
@@ -891,52 +952,128 @@ export class Agent implements NodeControl {
     return published;
   }
 
-  /** First out of the keyspace, so that nobody chooses it; then off the host. */
-  async #undeploy(node: Registered, hosted: Hosted): Promise<void> {
-    const { kv, keys, environment, routes, clock, config } = this.#parts;
-    const { service, instance, namespaceIp } = hosted;
-    const id = hostedKey(service, instance);
-    this.#hosted.delete(id);
-    this.#pin();
-    node.steering.discharge(id);
-    await this.#writeState();
-    const held = { service, instance, node: config.node, instanceIp: hosted.instanceIp };
-    const revision = await releaseInstance(kv, keys, node.network, held);
-    await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
-    node.loop.send({ kind: 'localGone', namespaceIp });
-    await environment.detach({ id });
-    node.addresses.giveBack(id, clock.monotonicMs());
-    this.#log.info({ service, instance, address: formatIpv4(namespaceIp) }, 'instance undeployed');
+  /** The service's record, made when there is none, and the InstanceIP. */
+  async #claimFor(
+    node: Registered,
+    { service, instance, addresses, instanceIp: wanted }: DeployRequest,
+    former: Hosted | undefined,
+    undo: Undo,
+  ): Promise<Ipv4> {
+    const { kv, keys, config } = this.#parts;
+    const isNew = (await kv.get(keys.build({ kind: 'service', service }))) === undefined;
+    if (isNew)
+      undo.push('service', async () => {
+        await deleteService(kv, keys, node.network, service).catch((thrown: unknown) => {
+          // Somebody else deployed an instance of it, or took it away already.
+          const { code } = toEdgewayError(thrown);
+          if (code !== 'instance_exists' && code !== 'not_found') throw thrown;
+        });
+      });
+    await ensureService(kv, keys, node.network, service, bareDescriptor(service), addresses);
+    const wish = {
+      service,
+      instance,
+      node: config.node,
+      ...this.#within(),
+      lease: await node.tenure.held(limits.READ_YOUR_WRITES_MS),
+      ...(wanted === undefined ? {} : { wanted }),
+      ...(former === undefined ? {} : { preferred: former.instanceIp }),
+    };
+    let claimed: Ipv4 | undefined;
+    undo.push('instance address', async () => {
+      const left = { service, instance, ...(claimed === undefined ? {} : { instanceIp: claimed }) };
+      this.#leaving.set(hostedKey(service, instance), left);
+      await this.#leave(node, left);
+    });
+    try {
+      claimed = (await claimInstance(kv, keys, node.network, wish)).instanceIp;
+    } catch (thrown) {
+      // A claim whose answer was lost may stand all the same; who asks again meets it.
+      if (MAY_PASS.has(toEdgewayError(thrown).code))
+        claimed = await claimInstance(kv, keys, node.network, wish).then(
+          ({ instanceIp }) => instanceIp,
+          () => undefined,
+        );
+      if (claimed === undefined) throw thrown;
+    }
+    return claimed;
   }
 
-  /** Its process or namespace is gone, and steering lets nobody choose it any more. While etcd is away the keyspace
-   *  is told later. */
+  /** From now on nobody here uses it, whatever the keyspace says; `#leave` takes it away. */
+  #dismiss(node: Registered, hosted: Hosted): void {
+    const { service, instance } = hosted;
+    const id = hostedKey(service, instance);
+    this.#hosted.delete(id);
+    this.#leaving.set(id, hosted);
+    this.#pin();
+    node.steering.discharge(id);
+    this.#projectService(node, service);
+  }
+
+  /** First out of the keyspace, so that nobody chooses it; then off the host. What etcd does not take now is tried
+   *  again until it does; it holds up nothing here. */
+  async #leave(node: Registered, left: Leaving): Promise<void> {
+    const { kv, keys, environment, routes, clock, config } = this.#parts;
+    const { service, instance, instanceIp } = left;
+    const id = hostedKey(service, instance);
+    let released = false;
+    try {
+      const held = {
+        service,
+        instance,
+        node: config.node,
+        ...(instanceIp === undefined ? {} : { instanceIp }),
+      };
+      const revision = await releaseInstance(kv, keys, node.network, held);
+      released = true;
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+    } catch (thrown) {
+      this.#warn(
+        released ? `${id} left; this node's table does not show it yet` : `${id} is not withdrawn yet`,
+        thrown,
+      );
+    }
+    try {
+      const namespaceIp = node.addresses.of(id);
+      if (namespaceIp !== undefined) node.loop.send({ kind: 'localGone', namespaceIp });
+      await environment.detach({ id });
+      node.addresses.giveBack(id, clock.monotonicMs());
+    } catch (thrown) {
+      this.#leaveSoon();
+      throw thrown;
+    }
+    if (released && this.#leaving.get(id) === left) this.#leaving.delete(id);
+    if (this.#leaving.size > 0) this.#leaveSoon();
+    await this.#writeState();
+    this.#log.info({ service, instance }, 'instance undeployed');
+  }
+
+  /** Tries again, later, to take away what is still leaving. */
+  #leaveSoon(ms = LEAVE_RETRY_MS): void {
+    if (this.#leaveArmed || this.#stopping || this.#leaving.size === 0) return;
+    this.#leaveArmed = true;
+    this.#parts.timers.after(ms, () => {
+      this.#leaveArmed = false;
+      this.#alone(async () => {
+        const node = this.#registered;
+        for (const left of [...this.#leaving.values()])
+          if (node !== undefined && !this.#stopping) await this.#leave(node, left);
+      })
+        .catch((thrown: unknown) => this.#warn('an instance is not taken away yet', thrown))
+        .finally(() => this.#leaveSoon());
+    });
+  }
+
+  /** Its process or namespace is gone, and steering lets nobody choose it any more. */
   #withdraw(id: string): void {
     this.#alone(async () => {
       const node = this.#registered;
       const hosted = this.#hosted.get(id);
       if (node === undefined || hosted === undefined) return;
-      try {
-        await this.#undeploy(node, hosted);
-      } catch (thrown) {
-        if (!this.#hosted.has(id)) this.#hosted.set(id, hosted);
-        throw thrown;
-      }
-    }).catch((thrown: unknown) => {
-      this.#warn(`instance ${id} died and is not withdrawn yet`, thrown);
-      this.#parts.timers.after(WITHDRAW_RETRY_MS, () => this.#withdraw(id));
-    });
-  }
-
-  /** The store's own word, since this node's table need not hold every service. */
-  async #describedInStore(service: ServiceId): Promise<Descriptor | undefined> {
-    const { kv, keys } = this.#parts;
-    const key = keys.build({ kind: 'service', service });
-    const entry = await kv.get(key);
-    if (entry === undefined) return undefined;
-    const record = decodeService(entry.value, service);
-    if (!record.ok) throw recordError(key, record.error);
-    return record.value.descriptor;
+      this.#dismiss(node, hosted);
+      await this.#writeState();
+      await this.#leave(node, hosted);
+    }).catch((thrown: unknown) => this.#warn(`instance ${id} died and is not taken away yet`, thrown));
   }
 
   async #findTarget(
@@ -982,9 +1119,20 @@ export class Agent implements NodeControl {
 
   #projectService(node: Registered, id: ServiceId): void {
     const { table, config } = this.#parts;
-    node.loop.send(projectService(table, id, config.node));
+    // One that left is not waited for until the keyspace has heard of it.
+    const isHere = ({ service, instance }: Instance) => !this.#leaving.has(hostedKey(service, instance));
+    node.loop.send(projectService(table, id, config.node, isHere));
     for (const hosted of this.#hosted.values())
       if (hosted.service === id) node.loop.send(projectLocal(table, hosted));
+  }
+
+  /** A loop starts empty; everything that is known already is news to it. */
+  #tellLoop(node: Registered): void {
+    const { table } = this.#parts;
+    for (const { id } of table.services()) this.#projectService(node, id);
+    for (const hosted of this.#hosted.values()) node.loop.send(projectLocal(table, hosted));
+    if (this.#ingress !== undefined) node.loop.send(projectLocal(table, this.#ingress));
+    node.steering.loopStarted();
   }
 
   #needsOf(source: Ipv4): readonly ServiceId[] | undefined {
@@ -999,8 +1147,6 @@ export class Agent implements NodeControl {
     const { routes } = this.#parts;
     if (report.kind === 'miss') void routes.askAddress(report.address);
     if (report.kind === 'chosen') for (const { service } of report.choices) void routes.ask(service);
-    if (report.kind !== 'stopped' || this.#stopping) return;
-    this.#log.error({ reason: report.error ?? 'without a reason' }, 'the packet loop ended');
   }
 
   // ---- small things ----
@@ -1048,7 +1194,10 @@ export class Agent implements NodeControl {
       encodeState({
         subnet,
         claim: { epoch, lease: node.tenure.lease ?? node.claim.lease },
+        ...(this.#tenureMs === undefined ? {} : { tenureMs: this.#tenureMs }),
         network: node.network,
+        nextAddress: node.addresses.next,
+        leaving: [...this.#leaving.values()],
         hosted: [
           ...this.#hosted.values(),
           ...this.#resuming.filter((one) => !this.#hosted.has(hostedKey(one.service, one.instance))),
@@ -1056,6 +1205,15 @@ export class Agent implements NodeControl {
       }),
     );
   }
+}
+
+/** Names under which the network itself appears. */
+function refuseReserved(service: ServiceId): void {
+  if (service.startsWith('edgeway.system.'))
+    throw new EdgewayError(
+      'invalid_request',
+      `service ${service}: edgeway.system is reserved for the network itself`,
+    );
 }
 
 function describeTarget(target: Target): string {

@@ -139,6 +139,14 @@ export class Balancer {
       if (entry.warmUntil > nowMs) this.#reweigh(service, entry, nowMs);
   }
 
+  /** Says all weights again, to a reader that knows none. */
+  resend(nowMs: number): void {
+    for (const [service, entry] of this.#services) {
+      entry.sent = undefined;
+      this.#reweigh(service, entry, nowMs);
+    }
+  }
+
   handleTimeout(nowMs: number): void {
     if (nowMs < this.#nextAt) return;
     this.#nextAt = nowMs + REWEIGH_MS;

@@ -2,7 +2,7 @@
 // etcd, the host, sockets, the packet loop, signals.
 import { randomBytes, randomInt } from 'node:crypto';
 import { readFileSync } from 'node:fs';
-import { mkdir } from 'node:fs/promises';
+import { mkdir, realpath } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import process from 'node:process';
 import { serve } from '#serve';
@@ -11,7 +11,7 @@ import { connectEtcd } from '../coordinator/etcd/client.ts';
 import { Keyspace, type KeyspaceListener } from '../coordinator/keyspace.ts';
 import { startRoles } from '../coordinator/roles.ts';
 import { formatIpv4 } from '../src/addr.ts';
-import { toEdgewayError } from '../src/error.ts';
+import { type ErrorCode, toEdgewayError } from '../src/error.ts';
 import { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
@@ -28,6 +28,7 @@ import { dockerEngine } from './io/docker.ts';
 import { startPrivateEtcd } from './io/etcd_private.ts';
 import { hostRunner } from './io/exec.ts';
 import { hostFiles } from './io/files.ts';
+import { takeLock } from './io/lock.ts';
 import { createLogger } from './io/log.ts';
 import { startPacketLoop } from './io/packet_loop.ts';
 import { hostVitals } from './io/vitals.ts';
@@ -35,7 +36,14 @@ import { type InterestOptions, RouteFollower } from './routes/follow.ts';
 import { decodeSnapshot, type Snapshot } from './routes/snapshot.ts';
 import { RouteTable } from './routes/table.ts';
 
-const RESTORE_RETRY_MS = 2_000;
+const RESTORE_RETRY_MIN_MS = 2_000;
+const RESTORE_RETRY_MAX_MS = 30_000;
+/** What another try cannot change: somebody must ask for something else. */
+const FINAL: ReadonlySet<ErrorCode> = new Set([
+  'invalid_request',
+  'address_not_in_plan',
+  'already_registered',
+]);
 
 const runtimeName = (): string => {
   const { deno, node } = process.versions;
@@ -105,6 +113,12 @@ async function start(
   closers: (() => Promise<void>)[],
 ): Promise<void> {
   await mkdir(config.dataDir, { recursive: true, mode: 0o700 });
+  // Before anything is changed: a second agent would take the first one's network for what a crash left behind.
+  for (const [name, what] of [
+    [`data ${await realpath(config.dataDir)}`, `the data directory ${config.dataDir}`],
+    [`bridge ${config.bridge}`, `the bridge ${config.bridge}`],
+  ] as const)
+    closers.push(await takeLock(name, what));
   // What a crash left behind must not stand in the way of finding etcd by name.
   await restoreResolver(config.dataDir, log);
   const underlay = await findUnderlay(hostRunner, config.nodeIp);
@@ -197,12 +211,13 @@ async function readSnapshot(config: AgentConfig, keys: Keys, log: Logger): Promi
   return {};
 }
 
-/** A restart while etcd is away waits for it; requests may come in meanwhile. */
-function restore(agent: Agent, log: Logger): void {
+/** What stands in the way of joining may pass: etcd is away, a record is broken, an old address is still known.
+ *  Requests may come in meanwhile. */
+function restore(agent: Agent, log: Logger, pauseMs = RESTORE_RETRY_MIN_MS): void {
   agent.restore().catch((thrown: unknown) => {
     const error = toEdgewayError(thrown);
     log.warn({ code: error.code, error: error.message }, 'not registered yet');
-    if (error.code === 'coordination_unavailable' || error.code === 'timeout')
-      systemTimers.after(RESTORE_RETRY_MS, () => restore(agent, log));
+    if (!FINAL.has(error.code))
+      systemTimers.after(pauseMs, () => restore(agent, log, Math.min(RESTORE_RETRY_MAX_MS, 2 * pauseMs)));
   });
 }

@@ -19,11 +19,18 @@ export class NamespaceAddresses {
   readonly #slots = new Map<Ipv4, Slot>();
   #next: Ipv4;
 
-  constructor(subnet: Cidr, restMs: number = QUARANTINE_S * 1000) {
+  /** `next`: where an earlier life would have looked next; what it gave before rests longest that way. */
+  constructor(subnet: Cidr, restMs: number = QUARANTINE_S * 1000, next?: Ipv4) {
     this.subnet = subnet;
     this.#layout = layoutOf(subnet);
     this.#restMs = restMs;
-    this.#next = this.#layout.firstInstance;
+    const { firstInstance, lastInstance } = this.#layout;
+    this.#next = next !== undefined && next >= firstInstance && next <= lastInstance ? next : firstInstance;
+  }
+
+  /** Where the next address is looked for first. */
+  get next(): Ipv4 {
+    return this.#next;
   }
 
   /** The address that `owner` held before, even while it rests; else the next one that is free. Taking again what

@@ -15,10 +15,16 @@ function routeOf(instance: Instance, thisNode: string): InstanceRoute {
   };
 }
 
-/** What the loop must be told about one service. An instance may be there before its service's record. */
-export function projectService(table: RouteTable, id: ServiceId, thisNode: string): ProxyCommand {
+/** What the loop must be told about one service. An instance may be there before its service's record. `isHere` is
+ *  asked of this node's own instances only. */
+export function projectService(
+  table: RouteTable,
+  id: ServiceId,
+  thisNode: string,
+  isHere: (instance: Instance) => boolean = () => true,
+): ProxyCommand {
   const service = table.service(id);
-  const instances = table.instancesOf(id);
+  const instances = table.instancesOf(id).filter((one) => one.node !== thisNode || isHere(one));
   if (service === undefined && instances.length === 0) return { kind: 'serviceGone', service: id };
   return {
     kind: 'service',

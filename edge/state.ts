@@ -29,19 +29,33 @@ export interface Hosted {
   readonly instanceIp: Ipv4;
 }
 
+/** An instance that is no longer hosted and not yet gone everywhere. */
+export interface Leaving {
+  readonly service: ServiceId;
+  readonly instance: number;
+  readonly instanceIp?: Ipv4;
+}
+
 export interface SavedState {
   readonly subnet: Cidr;
   /** What is needed to go on while etcd is away: the claim as it was, and the network's settings. */
   readonly claim?: { readonly epoch: number; readonly lease: LeaseId };
+  /** When etcd last confirmed the claim, milliseconds since 1970. */
+  readonly tenureMs?: number;
   readonly network?: NetworkConfig;
+  /** Where the next namespace address is looked for: those before it were given lately. */
+  readonly nextAddress?: Ipv4;
   readonly hosted: readonly Hosted[];
+  readonly leaving?: readonly Leaving[];
 }
 
 const savedSchema = v.object({
   v: v.literal(1),
   subnet: cidrSchema,
   claim: v.exactOptional(v.object({ epoch: v.number(), lease: v.string() })),
+  tenureMs: v.exactOptional(v.number()),
   network: v.exactOptional(v.unknown()),
+  nextAddress: v.exactOptional(ipv4Schema),
   hosted: v.array(
     v.object({
       service: serviceIdSchema,
@@ -56,6 +70,15 @@ const savedSchema = v.object({
       instanceIp: ipv4Schema,
     }),
   ),
+  leaving: v.exactOptional(
+    v.array(
+      v.object({
+        service: serviceIdSchema,
+        instance: instanceNumberSchema,
+        instanceIp: v.exactOptional(ipv4Schema),
+      }),
+    ),
+  ),
 });
 
 export function encodeState(state: SavedState): string {
@@ -64,12 +87,24 @@ export function encodeState(state: SavedState): string {
     namespaceIp: formatIpv4(one.namespaceIp),
     instanceIp: formatIpv4(one.instanceIp),
   }));
-  const { claim, network } = state;
-  const rest = {
-    ...(claim === undefined ? {} : { claim }),
-    ...(network === undefined ? {} : { network: JSON.parse(encodeConfig(network)) }),
+  const leaving = state.leaving?.map(({ service, instance, instanceIp }) => ({
+    service,
+    instance,
+    ...(instanceIp === undefined ? {} : { instanceIp: formatIpv4(instanceIp) }),
+  }));
+  const { subnet, claim, tenureMs, network, nextAddress } = state;
+  // JSON leaves out what is undefined.
+  const json = {
+    v: 1,
+    subnet: formatCidr(subnet),
+    claim,
+    tenureMs,
+    network: network === undefined ? undefined : JSON.parse(encodeConfig(network)),
+    nextAddress: nextAddress === undefined ? undefined : formatIpv4(nextAddress),
+    hosted,
+    leaving,
   };
-  return `${JSON.stringify({ v: 1, subnet: formatCidr(state.subnet), ...rest, hosted }, undefined, 2)}\n`;
+  return `${JSON.stringify(json, undefined, 2)}\n`;
 }
 
 export function decodeState(text: string): Result<SavedState> {
@@ -81,11 +116,10 @@ export function decodeState(text: string): Result<SavedState> {
   }
   const result = v.safeParse(savedSchema, json);
   if (!result.success) return fail('invalid_record', describeIssues(result.issues));
-  const { subnet, hosted, claim } = result.output;
-  const network = decodeConfig(JSON.stringify(result.output.network ?? null));
+  const { v: _version, claim, network: savedNetwork, ...rest } = result.output;
+  const network = decodeConfig(JSON.stringify(savedNetwork ?? null));
   return ok({
-    subnet,
-    hosted,
+    ...rest,
     ...(claim === undefined ? {} : { claim: { epoch: claim.epoch, lease: claim.lease as LeaseId } }),
     ...(network.ok ? { network: network.value } : {}),
   });

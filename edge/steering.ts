@@ -128,6 +128,14 @@ export class Steering {
     this.#turn();
   }
 
+  /** A new packet loop has the table and nothing of what was sent to the last one. */
+  loopStarted(): void {
+    this.#statusSent = '';
+    this.#statusAt = Number.NEGATIVE_INFINITY;
+    this.#balancer.resend(this.#parts.clock.monotonicMs());
+    this.#turn();
+  }
+
   get coordinate(): Coordinate {
     return this.#prober.coordinate;
   }

@@ -19,6 +19,8 @@ export const MTU_MAX = 65_535 - TUNNEL_OVERHEAD;
 export const PRESENCE_TTL_S = 15;
 /** Tenure: losing it frees addresses. A day outlives any outage that an operator sleeps through. */
 export const TENURE_TTL_S = 86_400;
+/** A node looks this often whether its subnet is still its own: one read a minute. */
+export const CLAIM_CHECK_MS = 60_000;
 /** Tries of one claim before it reports what stood in the way. */
 export const CLAIM_TRIES_MAX = 16;
 /** A freed address rests this long, so that no peer still holds a flow to its last owner (TCP idle flows: 2 h tuned down to ours). */

@@ -12,8 +12,9 @@ import { BODY_BYTES_MAX, WATCH_QUEUE_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { parseInstanceNumber, parseServiceId, type ServiceId } from '../../src/name.ts';
 import type { ParsedDescriptor } from '../../src/records.ts';
-import { describeIssues, descriptorSchema, parseDescriptor } from '../../src/records.ts';
+import { describeIssues, parseDescriptor } from '../../src/records.ts';
 import {
+  applySchema,
   attachSchema,
   type DeployRequest,
   dockerDeployAnswer,
@@ -79,6 +80,8 @@ export interface NodeControl {
   /** Told of every change of the routing table from now on; the answer ends it. */
   watch(listener: (change: Change) => void): () => void;
   counters(): Readonly<Record<string, number>>;
+  /** Why this node serves nobody although it should; undefined when all is well. */
+  ailment(): string | undefined;
 }
 
 const json = (schema: v.GenericSchema, description: string) => ({
@@ -100,6 +103,21 @@ function body<Schema extends v.GenericSchema>(schema: Schema) {
   });
 }
 
+/**
+ * A body must say that it is JSON. Hono would else read it as `{}`, and a web page in a browser of this host could post
+ * to us unasked: other types need no CORS preflight.
+ */
+function requireJson(request: Request): void {
+  if (request.method !== 'POST' || request.body === null || request.headers.get('content-length') === '0')
+    return;
+  const type = request.headers.get('content-type');
+  if (type === null || !/^application\/([\w.-]+\+)?json\b/i.test(type))
+    throw new EdgewayError(
+      'invalid_request',
+      `body: Content-Type must be application/json, and is ${type === null ? 'missing' : `"${type}"`}`,
+    );
+}
+
 function errorBody(error: EdgewayError): Answer<typeof errorAnswer> {
   return { code: error.code, message: error.message };
 }
@@ -117,6 +135,10 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
         ),
     }),
   );
+  app.use(async (c, next) => {
+    requireJson(c.req.raw);
+    await next();
+  });
   app.notFound((c) =>
     c.json(errorBody(new EdgewayError('not_found', `no such endpoint: ${c.req.method} ${c.req.path}`)), 404),
   );
@@ -124,7 +146,7 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
     // Hono reports a body that is not JSON as its own HTTPException with status 400.
     const error =
       'status' in thrown && thrown.status === 400
-        ? new EdgewayError('invalid_request', 'body: is not JSON, or Content-Type is not application/json')
+        ? new EdgewayError('invalid_request', 'body: is not JSON')
         : toEdgewayError(thrown);
     const status = STATUS[error.code];
     const line = { code: error.code, name: `${c.req.method} ${c.req.path}`, error: error.message };
@@ -199,7 +221,7 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       summary: 'Apply a service descriptor. Repeating it keeps the addresses.',
       responses: { 200: json(serviceAnswer, 'the service with its ServiceIPs'), default: failure },
     }),
-    body(descriptorSchema),
+    body(applySchema),
     async (c) => c.json(await node.apply(unwrap(parseDescriptor(await c.req.json())))),
   );
   api.delete(
@@ -322,7 +344,12 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
     const { type, text } = await metricsText(node);
     return c.body(text, 200, { 'content-type': type });
   });
-  app.get('/healthz', (c) => c.json({ status: 'ok' }));
+  app.get('/healthz', (c) => {
+    const ailment = node.ailment();
+    return ailment === undefined
+      ? c.json({ status: 'ok' })
+      : c.json({ status: 'ailing', reason: ailment }, 503);
+  });
   app.get(
     '/api/v1/openapi.json',
     openAPIRouteHandler(app, {

@@ -5,7 +5,7 @@ import { type Cidr, type Ipv4, ipv4, parseCidr, parseIpv4 } from '../../src/addr
 import { fail, ok, type Result } from '../../src/error.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { IP_TYPES, type Policy, policyOfIpType } from '../../src/policy.ts';
-import { instanceNumberSchema, ipv4Schema, serviceIdSchema } from '../../src/records.ts';
+import { descriptorSchema, instanceNumberSchema, ipv4Schema, serviceIdSchema } from '../../src/records.ts';
 
 /** What a caller asks to attach. */
 export type Target =
@@ -34,27 +34,30 @@ const netnsSchema = v.pipe(
 const pidSchema = v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(4_194_304)); // PID_MAX_LIMIT of Linux
 
 /** `POST /register`. `subnetwork` may carry its prefix length or leave it to the plan. */
-export const registerSchema = v.object({ subnetwork: v.optional(v.string()) });
+export const registerSchema = v.strictObject({ subnetwork: v.optional(v.string()) });
 
 /** `POST /docker/deploy`, field for field as the seed documents it. */
-export const dockerDeploySchema = v.object({
+export const dockerDeploySchema = v.strictObject({
   containerId: textSchema,
   appName: serviceIdSchema,
   instanceNumber: instanceNumberSchema,
   nodeIp: v.optional(v.string()),
   nodePort: v.optional(v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65_535))),
-  serviceIp: v.optional(v.array(v.object({ IpType: v.picklist(IP_TYPES), Address: ipv4Schema })), []),
+  serviceIp: v.optional(v.array(v.strictObject({ IpType: v.picklist(IP_TYPES), Address: ipv4Schema })), []),
 });
 
 /** `POST /docker/undeploy`. Without a number every instance of the service on this node goes. */
-export const dockerUndeploySchema = v.object({
+export const dockerUndeploySchema = v.strictObject({
   serviceName: serviceIdSchema,
   instanceNumber: v.optional(instanceNumberSchema),
 });
 
+/** `POST /api/v1/services`. Stricter than a record of the keyspace: a mistyped "needs" would open a service to all. */
+export const applySchema = v.strictObject(descriptorSchema.entries);
+
 /** `POST /api/v1/instances`: exactly one of `netns`, `pid`, `container`. */
 export const attachSchema = v.pipe(
-  v.object({
+  v.strictObject({
     service: serviceIdSchema,
     instance: instanceNumberSchema,
     netns: v.optional(netnsSchema),

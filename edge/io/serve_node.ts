@@ -1,14 +1,15 @@
 // HTTP server of the agent on Node; serve_deno.ts is its twin. Chosen by the "#serve" import of package.json.
-import { rmSync } from 'node:fs';
 import { createAdaptorServer } from '@hono/node-server';
 import { EdgewayError } from '../../src/error.ts';
 import type { ApiAddress } from '../config.ts';
 import type { HttpServer } from '../ports.ts';
+import { clearSocketPath } from './unix_socket.ts';
 
-export function serve(
+export async function serve(
   fetch: (request: Request) => Response | Promise<Response>,
   address: ApiAddress,
 ): Promise<HttpServer> {
+  if (address.kind === 'unix') await clearSocketPath(address.path); // left by an agent that was killed
   const server = createAdaptorServer({ fetch });
   return new Promise((resolve, reject) => {
     server.once('error', (cause: Error) =>
@@ -19,9 +20,7 @@ export function serve(
         server.close(() => stopped());
         if ('closeAllConnections' in server) server.closeAllConnections();
       });
-    if (address.kind === 'unix') {
-      rmSync(address.path, { force: true }); // left by an agent that was killed
-      server.listen(address.path, () => resolve({ stop }));
-    } else server.listen(address.port, address.host, () => resolve({ stop }));
+    if (address.kind === 'unix') server.listen(address.path, () => resolve({ stop }));
+    else server.listen(address.port, address.host, () => resolve({ stop }));
   });
 }

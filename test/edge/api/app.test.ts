@@ -80,6 +80,7 @@ function setUp(overrides: Partial<NodeControl> = {}) {
       version: '0',
     }),
     counters: () => ({ forwarded: 3 }),
+    ailment: () => undefined,
     watch: () => () => {},
     ...overrides,
   };
@@ -167,6 +168,14 @@ const BAD_BODIES: readonly [path: string, body: unknown, what: string][] = [
   ['/docker/undeploy', {}, 'serviceName'],
   ['/docker/undeploy', { serviceName: 7 }, 'serviceName'],
   ['/register', { subnetwork: 7 }, 'subnetwork'],
+  ['/register', { subnet: '172.16.3.0/26' }, 'subnet'],
+  ['/docker/deploy', { ...DEPLOY, instance: 2 }, 'instance'],
+  ['/api/v1/instances', { service: 'a.b.c.d', instance: 1, netns: 'x', needs: [] }, 'needs'],
+  [
+    '/api/v1/services',
+    { appname: 'a', appnamespace: 'b', servicename: 'c', servicenamespace: 'd', need: ['e.f.g.h'] },
+    'need',
+  ],
   ['/api/v1/instances', { service: 'a.b.c.d', instance: 1 }, 'exactly one of'],
   ['/api/v1/instances', { service: 'a.b.c.d', instance: 1, netns: 'x', pid: 5 }, 'exactly one of'],
   ['/api/v1/instances', { service: 'a.b.c.d', instance: 1, netns: '../etc' }, 'netns'],
@@ -276,6 +285,37 @@ test('/api/v1/watch streams changes, and lets go of the node when the reader lea
   assert.match(await read(), 'event: node');
   await reader.cancel();
   assert.is(ended, 1);
+});
+
+test('a body that does not say it is JSON is refused, whatever it holds', async () => {
+  const { app, asked } = setUp();
+  for (const type of [undefined, 'application/x-www-form-urlencoded', 'text/plain', 'application/jsonp']) {
+    const response = await app.request('/register', {
+      method: 'POST',
+      body: new TextEncoder().encode('{"subnetwork":"172.16.3.0/26"}'),
+      ...(type === undefined ? {} : { headers: { 'content-type': type } }),
+    });
+    const { code, message } = (await response.json()) as { code: string; message: string };
+    assert.equal([response.status, code], [400, 'invalid_request'], message);
+    assert.match(message, 'Content-Type must be application/json');
+  }
+  assert.equal(asked, []);
+  const typed = await app.request('/register', {
+    method: 'POST',
+    body: '{}',
+    headers: { 'content-type': 'application/json; charset=utf-8' },
+  });
+  assert.is(typed.status, 200);
+});
+
+test('/healthz says what ails the node', async () => {
+  const { call } = setUp();
+  assert.equal(await call('GET', '/healthz'), { status: 200, body: { status: 'ok' } });
+  const ill = setUp({ ailment: () => 'the TUN device is gone' });
+  assert.equal(await ill.call('GET', '/healthz'), {
+    status: 503,
+    body: { status: 'ailing', reason: 'the TUN device is gone' },
+  });
 });
 
 test('/metrics: gauges from the status, drops by reason, one counter each for the rest', async () => {

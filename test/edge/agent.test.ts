@@ -1,0 +1,345 @@
+// The agent on a store in memory, a clock moved by hand and a host that only remembers: what it holds, publishes and
+// gives back when the store goes away, forgets, or somebody deletes what was the agent's.
+import { test } from 'uvu';
+import * as assert from 'uvu/assert';
+import { Keyspace } from '../../coordinator/keyspace.ts';
+import type { MemoryKv } from '../../coordinator/memory.ts';
+import { MemoryStore } from '../../coordinator/memory.ts';
+import { Agent, type AgentParts } from '../../edge/agent.ts';
+import { parseConfig } from '../../edge/config.ts';
+import type { Files, PacketLoop } from '../../edge/ports.ts';
+import type { ProxyCommand, ProxyReport } from '../../edge/proxy/command.ts';
+import { RouteFollower } from '../../edge/routes/follow.ts';
+import { EdgewayError } from '../../src/error.ts';
+import { Keys } from '../../src/keys.ts';
+import { SILENT } from '../../src/log.ts';
+import { DEFAULT_NETWORK_CONFIG } from '../../src/records.ts';
+import { CART, descriptor, ip } from '../support/sample.ts';
+import { settle, VirtualTime } from '../support/time.ts';
+
+const keys = new Keys();
+const WALL_MS = 1_800_000_000_000;
+
+class FakeHost {
+  readonly attached = new Map<string, string>();
+  refuse: string | undefined;
+  readonly gone = new Set<string>();
+
+  readonly environment: AgentParts['environment'] = {
+    hostRoutes: async () => [],
+    setupNode: async () => {},
+    attachTun: async () => {},
+    cleanNode: async () => this.attached.clear(),
+    expose: async () => [],
+    attach: async ({ id, target }) => {
+      if (this.refuse !== undefined) throw new EdgewayError('host_command_failed', this.refuse);
+      this.attached.set(id, target.kind === 'netns' ? target.name : String(target.pid));
+      return { hostInterface: 'veth', interface: 'eth0' };
+    },
+    detach: async ({ id }) => {
+      if (this.refuse !== undefined) throw new EdgewayError('host_command_failed', this.refuse);
+      this.attached.delete(id);
+    },
+  };
+}
+
+/** What a restart finds again. */
+class FakeFiles implements Files {
+  readonly files = new Map<string, string>();
+  read = async (path: string) => this.files.get(path);
+  write = async (path: string, content: string) => void this.files.set(path, content);
+  writeInPlace = this.write;
+  remove = async (path: string) => void this.files.delete(path);
+}
+
+interface Loop {
+  readonly commands: ProxyCommand[];
+  readonly report: (report: ProxyReport) => void;
+}
+
+interface World {
+  readonly time: VirtualTime;
+  readonly store: MemoryStore;
+  readonly kv: MemoryKv;
+  readonly host: FakeHost;
+  readonly files: FakeFiles;
+  readonly loops: Loop[];
+  readonly agent: Agent;
+}
+
+function start(flags: Record<string, string> = {}, earlier: Partial<World> = {}): World {
+  const time = earlier.time ?? new VirtualTime();
+  const store = earlier.store ?? new MemoryStore(() => time.monotonicMs());
+  const files = earlier.files ?? new FakeFiles();
+  const host = new FakeHost();
+  const kv = store.connect();
+  const loops: Loop[] = [];
+  const config = parseConfig(
+    { node: 'n1', register: 'auto', 'data-dir': '/data', 'presence-ttl': '15', ...flags },
+    {},
+    'host',
+    () => '',
+  );
+  const open = (listener: ConstructorParameters<typeof Keyspace>[3]) =>
+    new Keyspace(kv, keys, SILENT, listener);
+  const after = (ms: number, run: () => void) => time.after(ms, run);
+  const routes = new RouteFollower({ keys, open, after });
+  const agent = new Agent({
+    config,
+    nodeIp: ip(config.node === 'n1' ? '10.0.0.1' : '10.0.0.2'),
+    network: DEFAULT_NETWORK_CONFIG,
+    kv,
+    keys,
+    table: routes.table,
+    routes,
+    openAll: () => new RouteFollower({ keys, open, after }),
+    environment: host.environment,
+    engine: {
+      inspect: async (name) => {
+        throw new EdgewayError('container_unknown', `no container ${name}`);
+      },
+    },
+    files,
+    clock: { monotonicMs: () => time.monotonicMs(), wallMs: () => WALL_MS + time.monotonicMs() },
+    timers: { after },
+    log: SILENT,
+    random: () => 0.5,
+    nonce: () => 7,
+    vitals: {
+      load: () => 0,
+      identify: (home) => (host.gone.has(home.kind === 'netns' ? home.name : '') ? undefined : 'same'),
+      check: async () => ({ ok: true, detail: '' }),
+    },
+    startLoop: async (_config, report) => {
+      const commands: ProxyCommand[] = [];
+      loops.push({ commands, report });
+      const loop: PacketLoop = {
+        send: (command) => void commands.push(command),
+        counters: () => ({}),
+        flows: () => 0,
+        stop: async () => {},
+      };
+      return loop;
+    },
+    startNames: async () => ({ changed: () => {}, counters: () => ({}), stop: async () => {} }),
+    runtime: 'test',
+    version: '0',
+  });
+  return { time, store, kv, host, files, loops, agent };
+}
+
+const deployCart = (agent: Agent, netns = 'web') =>
+  agent.deploy({ service: CART, instance: 1, target: { kind: 'netns', name: netns }, addresses: {} });
+
+/** Keys below a subtree, of a client that is never cut off. */
+async function keysOf(world: World, subtree: Parameters<Keys['prefix']>[0]): Promise<string[]> {
+  return (await world.store.connect().range(keys.prefix(subtree))).entries.map((entry) => entry.key);
+}
+const everything = async (world: World): Promise<string[]> =>
+  (await world.store.connect().range('/edgeway/')).entries.map(({ key }) => key);
+
+/** A promise whose timers are the virtual ones. */
+async function during<T>(world: World, work: Promise<T>, ms = 20_000): Promise<T> {
+  work.catch(() => {});
+  await world.time.advance(ms);
+  return work;
+}
+
+test('Agent: a deploy that the host refuses leaves nothing in the keyspace', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  const before = await everything(world);
+  world.host.refuse = 'no such namespace';
+  await during(world, assertRejects(deployCart(world.agent), 'host_command_failed'));
+  world.host.refuse = undefined;
+  await world.time.advance(10_000);
+  assert.equal(await everything(world), before);
+});
+
+test('Agent: a deploy whose InstanceIP is taken leaves no service behind', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  const [address] = await keysOf(world, 'addresses');
+  const taken = ip(address!.split('/').at(-1)!);
+  const wanted = { service: 'new.new.new.new' as typeof CART, instance: 1, instanceIp: taken };
+  const target = { kind: 'netns', name: 'other' } as const;
+  await during(
+    world,
+    assertRejects(world.agent.deploy({ ...wanted, target, addresses: {} }), 'address_taken'),
+  );
+  assert.equal((await keysOf(world, 'services')).length, 1);
+  assert.equal([...world.host.attached.keys()], [`${CART}/1`]);
+});
+
+test('Agent: after an etcd that was away at the start comes back, a deploy works within seconds', async () => {
+  const first = start();
+  await during(first, first.agent.restore());
+  await during(first, deployCart(first.agent));
+  const world = start({}, first);
+  world.kv.partitioned = true;
+  await during(world, world.agent.restore(), 60_000);
+  assert.ok(world.host.attached.has(`${CART}/1`), 'what it hosted goes on');
+  world.kv.partitioned = false;
+  await world.time.advance(10_000);
+  const second = {
+    service: CART,
+    instance: 2,
+    target: { kind: 'netns', name: 'web2' } as const,
+    addresses: {},
+  };
+  await during(world, world.agent.deploy(second), 10_000);
+  assert.is((await keysOf(world, 'instances')).length, 2);
+});
+
+test('Agent: an undeploy while etcd is away takes effect here at once and in the keyspace when it can', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  world.kv.partitioned = true;
+  await during(world, world.agent.undeploy(CART, 1), 3_000);
+  assert.is(world.host.attached.size, 0);
+  const told = world.loops[0]!.commands.filter((command) => command.kind === 'service').at(-1);
+  assert.equal(told?.kind === 'service' && told.instances, [], 'its flows are ended');
+  assert.is((await keysOf(world, 'instances')).length, 1, 'nobody could tell the store');
+  world.kv.partitioned = false;
+  await world.time.advance(8_000);
+  assert.equal(await keysOf(world, 'instances'), []);
+  await during(world, world.agent.undeploy(CART, 1));
+});
+
+test('Agent: what was leaving when it was killed is taken away by the next run', async () => {
+  const first = start();
+  await during(first, first.agent.restore());
+  await during(first, deployCart(first.agent));
+  first.kv.partitioned = true;
+  await during(first, first.agent.undeploy(CART, 1), 1_000);
+  const world = start({}, first);
+  await during(world, world.agent.restore());
+  assert.equal(await keysOf(world, 'instances'), []);
+  assert.is(world.host.attached.size, 0);
+});
+
+test('Agent: an instance that died leaves by itself, also while etcd is away', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  world.kv.partitioned = true;
+  world.host.gone.add('web');
+  await world.time.advance(3_000);
+  assert.is(world.host.attached.size, 0);
+  const told = world.loops[0]!.commands.filter((command) => command.kind === 'service').at(-1);
+  assert.equal(told?.kind === 'service' && told.instances, []);
+  world.kv.partitioned = false;
+  await world.time.advance(10_000);
+  assert.equal(await keysOf(world, 'instances'), []);
+});
+
+test('Agent: presence that ended is published anew with every instance, also when the first tries fail', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  world.kv.partitioned = true;
+  for (let s = 0; s < 40; s++) {
+    await world.time.advance(1_000);
+    world.store.expire();
+  }
+  assert.equal([...(await keysOf(world, 'nodes')), ...(await keysOf(world, 'instances'))], []);
+  // The store is back for a moment, too short for all that is to be published.
+  for (let flap = 0; flap < 4; flap++) {
+    world.kv.partitioned = false;
+    await settle();
+    world.kv.partitioned = true;
+    await world.time.advance(700);
+  }
+  world.kv.partitioned = false;
+  await world.time.advance(15_000);
+  assert.is((await keysOf(world, 'nodes')).length, 1);
+  assert.is((await keysOf(world, 'instances')).length, 1);
+});
+
+test('Agent: a store that came back empty is filled again within seconds, with one owner for everything', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  const [subnet] = await keysOf(world, 'subnets');
+  world.store.wipe();
+  await world.time.advance(30_000);
+  assert.equal(await keysOf(world, 'subnets'), [subnet], 'the same subnet, since nobody else took it');
+  assert.is((await keysOf(world, 'nodes')).length, 1);
+  assert.is((await keysOf(world, 'instances')).length, 1);
+  assert.ok(world.host.attached.has(`${CART}/1`));
+});
+
+test('Agent: a subnet claim that somebody deleted is noticed within two minutes', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  const [subnet] = await keysOf(world, 'subnets');
+  const before = await world.store.connect().get(subnet!);
+  await world.store.connect().txn([], [{ kind: 'delete', key: subnet! }]);
+  await world.time.advance(120_000);
+  const [again] = await keysOf(world, 'subnets');
+  assert.is(again, subnet);
+  const claim = await world.store.connect().get(subnet!);
+  assert.ok(claim!.createRevision > before!.createRevision);
+  const [key] = await keysOf(world, 'instances');
+  const entry = await world.store.connect().get(key!);
+  assert.is(JSON.parse(entry!.value).epoch, claim!.createRevision, 'published under the new epoch');
+});
+
+test('Agent: a claim that may have ended while the node was off is not used without etcd', async () => {
+  const first = start();
+  await during(first, first.agent.restore());
+  await during(first, deployCart(first.agent));
+  const end = first.agent.stop();
+  await during(first, end);
+  await first.time.advance(25 * 3_600_000);
+  const world = start({}, first);
+  world.kv.partitioned = true;
+  await during(world, assertRejects(world.agent.restore(), 'coordination_unavailable'));
+  assert.is(world.host.attached.size, 0);
+});
+
+test('Agent: a packet loop that ended is started again and told everything', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  assert.is(world.agent.ailment(), undefined);
+  world.loops[0]!.report({ kind: 'stopped', error: 'the TUN device is gone' });
+  assert.is(world.agent.ailment(), 'the TUN device is gone');
+  await world.time.advance(1_000);
+  assert.is(world.loops.length, 2);
+  assert.is(world.agent.ailment(), undefined);
+  const kinds = new Set(world.loops[1]!.commands.map((command) => command.kind));
+  for (const kind of ['service', 'local', 'weights', 'probeStatus'] as const)
+    assert.ok(kinds.has(kind), kind);
+});
+
+test('Agent: addresses given before a restart are the last to be given again', async () => {
+  const first = start();
+  await during(first, first.agent.restore());
+  const { namespaceIp } = await during(first, deployCart(first.agent));
+  await during(first, first.agent.undeploy(CART, 1));
+  const world = start({}, first);
+  await during(world, world.agent.restore());
+  assert.is.not((await during(world, deployCart(world.agent))).namespaceIp, namespaceIp);
+});
+
+test('Agent: the names of the network itself are refused', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  const id = 'edgeway.system.ingress.v1' as typeof CART;
+  assert.throws(() => world.agent.apply({ id, descriptor: descriptor(id) }), /reserved/);
+});
+
+async function assertRejects(work: Promise<unknown>, code: string): Promise<void> {
+  const thrown = await work.then(
+    () => undefined,
+    (error: unknown) => error,
+  );
+  assert.instance(thrown, EdgewayError);
+  assert.is((thrown as EdgewayError).code, code, String(thrown));
+}
+
+test.run();
