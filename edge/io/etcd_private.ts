@@ -19,6 +19,11 @@ export interface PrivateEtcd {
   stop(): Promise<void>;
 }
 
+interface Running extends PrivateEtcd {
+  /** Resolves with its last words when the process has ended. */
+  readonly ended: Promise<string>;
+}
+
 export interface PrivateEtcdOptions {
   /** Made when missing; kept between runs. One agent per directory. */
   readonly dataDir: string;
@@ -32,6 +37,7 @@ const PORT_TRIES_MAX = 50;
 const START_TRIES_MAX = 3;
 const READY_MS = 15_000;
 const STOP_MS = 5_000;
+const RESTART_PAUSE_MS = 1_000;
 const STDERR_KEPT = 4_000;
 
 /** Rejects with `etcd_not_installed` naming the package, or `host_command_failed` with etcd's own last words. */
@@ -40,7 +46,9 @@ export async function startPrivateEtcd(options: PrivateEtcdOptions): Promise<Pri
   let last: unknown;
   for (let i = 0; i < START_TRIES_MAX; i++) {
     try {
-      return await start(options, await freePort(), await freePort());
+      const ports = [await freePort(), await freePort()] as const;
+      const first = await start(options, ...ports);
+      return keep(first, () => start(options, ...ports), options.log);
     } catch (error) {
       // Between looking and listening somebody else may have taken the port; any other failure is final.
       if (!(error instanceof Error && error.message.includes('address already in use'))) throw error;
@@ -54,7 +62,7 @@ async function start(
   { dataDir, log }: PrivateEtcdOptions,
   clientPort: number,
   peerPort: number,
-): Promise<PrivateEtcd> {
+): Promise<Running> {
   const client = `http://127.0.0.1:${clientPort}`;
   const peer = `http://127.0.0.1:${peerPort}`;
   const argv = [
@@ -96,16 +104,51 @@ async function start(
   }
   if (exited !== undefined || child.pid === undefined) throw startError(exited ?? 'no process', stderr);
   log.info({ port: clientPort, file: dataDir }, 'private etcd is ready');
-  let stopping = false;
-  void exit.then(() => {
-    if (!stopping) log.error({ reason: exited ?? '', error: lastLine(stderr) }, 'private etcd has ended');
-  });
   return {
     endpoint: `127.0.0.1:${clientPort}`,
     pid: child.pid,
-    stop: async () => {
-      stopping = true;
-      await stop(child, exit);
+    ended: exit.then(() => `${exited}: ${lastLine(stderr)}`),
+    stop: () => stop(child, exit),
+  };
+}
+
+/** The agent has no other store: one that ends is started again, on the same ports. */
+function keep(first: Running, startAgain: () => Promise<Running>, log: Logger): PrivateEtcd {
+  let running: Running | undefined = first;
+  let stopped = false;
+  let pause: ReturnType<typeof setTimeout> | undefined;
+  const watch = (etcd: Running): void => {
+    void etcd.ended.then((reason) => {
+      if (stopped) return;
+      log.error({ reason }, 'private etcd has ended; starting it again');
+      again();
+    });
+  };
+  const again = (): void => {
+    pause = setTimeout(() => {
+      startAgain().then(
+        async (etcd) => {
+          if (stopped) return etcd.stop();
+          running = etcd;
+          watch(etcd);
+        },
+        (error: Error) => {
+          log.warn({ error: error.message }, 'private etcd is not back yet');
+          if (!stopped) again();
+        },
+      );
+    }, RESTART_PAUSE_MS);
+  };
+  watch(first);
+  return {
+    endpoint: first.endpoint,
+    get pid() {
+      return running?.pid ?? first.pid;
+    },
+    async stop() {
+      stopped = true;
+      clearTimeout(pause);
+      await running?.stop();
     },
   };
 }

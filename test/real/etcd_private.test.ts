@@ -48,6 +48,24 @@ test('startPrivateEtcd keeps its data between runs and listens on loopback below
     await second.stop();
   }));
 
+test('startPrivateEtcd: etcd that was killed is back on the same ports, with its data', () =>
+  inDirectory(async (dataDir) => {
+    const etcd = await startPrivateEtcd({ dataDir, log: SILENT });
+    const kv = connectEtcd({ endpoints: [etcd.endpoint], log: SILENT });
+    await kv.txn([], [{ kind: 'put', key: '/a', value: 'kept' }]);
+    const { pid } = etcd;
+    process.kill(pid, 'SIGKILL');
+    const value = (): Promise<string | undefined> =>
+      kv.get('/a').then(
+        (entry) => entry?.value,
+        () => undefined,
+      );
+    await eventually(async () => etcd.pid !== pid && (await value()) === 'kept', 'etcd to come back', 30_000);
+    await kv.close();
+    await etcd.stop();
+    assert.not.ok(await runs(etcd.pid));
+  }));
+
 test('startPrivateEtcd: etcd dies with its agent, even when that is killed with SIGKILL', () =>
   inDirectory(async (dataDir) => {
     const program = `
