@@ -1,11 +1,11 @@
 // The main job on one screen: three nodes find each other, resolve a name, balance over three instances and survive
 // the loss of a host. Everything is real: namespaces, etcd, agents, TUN devices, Docker, getent and curl.
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { mkdirSync, openSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
 import { parseArgs, styleText } from 'node:util';
 import { importBusybox } from './docker_lab.ts';
-import { Lab, must, type Runtime, run, until } from './lab.ts';
+import { endOnSignals, Lab, must, type Runtime, run, until } from './lab.ts';
 
 const SERVICE = 'shop.prod.cart.v1';
 const CLIENT = 'shop.prod.web.v1';
@@ -208,7 +208,7 @@ function inNode(lab: Lab, index: number): string[] {
 function lookAround(lab: Lab): void {
   const socket = (index: number): string => `unix:${lab.node(index).apiSocket}`;
   say(`
-The lab "${lab.lab}" is still running. Look around:
+The lab "${lab.lab}" is still running, but for n2, which lost its power. Look around:
   ip netns exec ${lab.lab}-web1 curl http://${NAME}/
   ip netns exec ${lab.lab}-web1 getent hosts ${SERVICE}.any.closest.local
   scripts/edgeway get services --api ${socket(1)}
@@ -228,42 +228,36 @@ async function main(): Promise<void> {
     throw new Error(`--runtime ${options.runtime}: must be node or deno`);
   const runtime: Runtime = options.runtime;
   const name = options.keep ? KEPT : `ewd${process.pid}`;
+  // Opened now: what cannot be written is said before the work, not after it.
+  const report = options.json === undefined ? undefined : openSync(options.json, 'w');
   let lab: Lab | undefined;
-  let ending: Promise<void> | undefined;
-  const end = (): Promise<void> => {
-    ending ??= lab?.down() ?? Promise.resolve();
-    return ending;
-  };
-  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const)
-    process.on(signal, () => {
-      say(`\n${signal}: cleaning up`);
-      void (async () => {
-        await end();
-        // A lab that was still being built has no object yet; its ledger knows all of it.
-        await Lab.sweep(name);
-        process.exit(130);
-      })();
-    });
+  const end = async (): Promise<void> => await lab?.down();
+  const signals = endOnSignals(end);
   try {
     step(`build: three hosts, etcd (${runtime})`);
-    lab = await Lab.up({
+    lab = await Lab.create({
       lab: name,
       nodes: 3,
       runtime,
       agentFlags: ['--presence-ttl', String(PRESENCE_TTL_S), '--docker', Lab.dockerSocket(name)],
       progress: detail,
     });
+    await lab.build();
     const seen = await demo(lab);
-    if (options.json !== undefined) writeFileSync(options.json, `${JSON.stringify(seen, undefined, 2)}\n`);
-    if (options.keep) lookAround(lab);
-    else {
+    if (report !== undefined) writeFileSync(report, `${JSON.stringify(seen, undefined, 2)}\n`);
+    if (options.keep) {
+      lab.leave();
+      lookAround(lab);
+    } else {
       step('clean up');
       await end();
       step('done: nothing is left behind');
     }
   } catch (thrown) {
-    await end();
-    throw thrown;
+    const left = await end().catch((cause: Error) => `\n${cause.message}`);
+    // A signal also ends the programs that we wait for; then its handler has the last word.
+    if (signals.interrupted) await new Promise(() => {});
+    throw new Error(`${(thrown as Error).message}${left ?? ''}`, { cause: thrown });
   }
 }
 

@@ -2,6 +2,7 @@
 // network namespace so that its iptables rules and its bridge never meet the host's. It refuses to touch another
 // engine: everything is addressed by our socket and ended by its own pid.
 import { type ChildProcess, spawn } from 'node:child_process';
+import { mkdirSync } from 'node:fs';
 import { mkdir, readFile, rm, symlink } from 'node:fs/promises';
 import { setTimeout as pause } from 'node:timers/promises';
 import { hostRunner } from '../edge/io/exec.ts';
@@ -34,9 +35,16 @@ export interface Dockerd {
   stop(): Promise<void>;
 }
 
-/** Without a namespace the engine makes no bridge and no rules, so that the host stays as it is. */
-export async function startDockerd(netns: string | undefined, dir: string): Promise<Dockerd> {
-  await mkdir(dir, { recursive: true });
+/**
+ * Without a namespace the engine makes no bridge and no rules, so that the host stays as it is. `started` is told the
+ * engine's pid before this returns to the event loop, so that it can be ended also while it comes up.
+ */
+export async function startDockerd(
+  netns: string | undefined,
+  dir: string,
+  started: (pid: number) => void = () => {},
+): Promise<Dockerd> {
+  mkdirSync(dir, { recursive: true });
   const socket = `${dir}/docker.sock`;
   const place = netns === undefined ? ['env'] : ['nsenter', `--net=/run/netns/${netns}`, '--'];
   const argv = [
@@ -53,10 +61,11 @@ export async function startDockerd(netns: string | undefined, dir: string): Prom
     const shell = ['-c', 'exec "$@" >>"$0" 2>&1', `${dir}/dockerd.log`, ...argv];
     const child = spawn('sh', shell, { stdio: 'ignore', detached: true });
     engine = child;
+    if (child.pid !== undefined) started(child.pid);
     const until = performance.now() + READY_LIMIT_MS;
     for (;;) {
       if ((await cli(['version'])).status === 0) return;
-      if (child.exitCode !== null || performance.now() > until) {
+      if (child.exitCode !== null || child.signalCode !== null || performance.now() > until) {
         const said = await readFile(`${dir}/dockerd.log`, 'utf8');
         throw new Error(`dockerd did not come up:\n${said.split('\n').slice(-20).join('\n')}`);
       }

@@ -9,7 +9,17 @@
 // lab's ledger before it is used, so that `down` (also of another process, also after kill -9) removes exactly these.
 //   scripts/run scripts/lab.ts up [--lab NAME] [--nodes N] [--runtime node|deno] | down [--lab NAME] | list
 import { type ChildProcess, spawn } from 'node:child_process';
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  linkSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmdirSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { request } from 'node:http';
 import { dirname, join } from 'node:path';
 import process from 'node:process';
@@ -19,6 +29,7 @@ import { type Dockerd, startDockerd } from './docker_lab.ts';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 const LEDGERS = '/run/edgeway-lab';
+const NETNS_FILES = '/etc/netns';
 const UNDERLAY = '10.77.0';
 const ETCD_HOST = 254;
 export const NODES_MAX = 200;
@@ -31,22 +42,29 @@ export interface Output {
   readonly stderr: string;
 }
 
-interface LedgerProcess {
+interface ProcessIdentity {
   readonly pid: number;
   /** Start time in clock ticks since boot (/proc/PID/stat field 22): a reused pid has another. */
   readonly started: string;
+}
+
+interface LedgerProcess extends ProcessIdentity {
   readonly what: string;
 }
 
 interface Ledger {
   readonly lab: string;
   readonly dir: string;
+  /** Whose end makes the lab an abandoned one; undefined: it was meant to live on. */
+  owner?: ProcessIdentity | undefined;
   readonly namespaces: string[];
   readonly processes: LedgerProcess[];
   /** Sockets of Docker Engines: their containers go first, or the engine's shims would outlive it. */
   readonly engines: string[];
   /** Files and directories outside `dir`. */
   readonly files: string[];
+  /** Directories of the system that were not there before; they go when they are empty. */
+  readonly parents: string[];
 }
 
 export interface LabOptions {
@@ -86,14 +104,24 @@ function startTime(pid: number): string | undefined {
   }
 }
 
+const alive = ({ pid, started }: ProcessIdentity): boolean => startTime(pid) === started;
+
+/** A failure that more time will not heal: `until` passes it on at once. */
+export class Fatal extends Error {}
+
+export interface RunOptions {
+  readonly stdin?: string;
+  readonly timeoutMs?: number;
+  /** A group of its own, out of reach of a terminal's Ctrl-C. */
+  readonly ownGroup?: boolean;
+}
+
 /** Runs a program to its end; never rejects for a non-zero status. */
-export function run(
-  argv: readonly string[],
-  options: { stdin?: string; timeoutMs?: number } = {},
-): Promise<Output> {
+export function run(argv: readonly string[], options: RunOptions = {}): Promise<Output> {
   return new Promise((resolve, reject) => {
     const [command, ...args] = argv;
-    const child = spawn(command!, args, { stdio: ['pipe', 'pipe', 'pipe'] });
+    const { ownGroup: detached = false } = options;
+    const child = spawn(command!, args, { stdio: ['pipe', 'pipe', 'pipe'], detached });
     let stdout = '';
     let stderr = '';
     child.stdout.on('data', (chunk: Buffer) => {
@@ -117,14 +145,14 @@ export function run(
 }
 
 /** Runs a program that must succeed. */
-export async function must(argv: readonly string[], stdin?: string): Promise<string> {
-  const output = await run(argv, stdin === undefined ? {} : { stdin });
+export async function must(argv: readonly string[], stdin?: string, options?: RunOptions): Promise<string> {
+  const output = await run(argv, { ...options, ...(stdin === undefined ? {} : { stdin }) });
   if (output.status !== 0)
     throw new Error(`${argv.join(' ')}: status ${output.status}\n${output.stdout}${output.stderr}`);
   return output.stdout;
 }
 
-/** Polls until `probe` gives a value; rejects with `what` and the last failure after the bound. */
+/** Polls until `probe` gives a value; rejects with `what` and the last failure after the bound, or with a `Fatal`. */
 export async function until<T>(
   what: string,
   timeoutMs: number,
@@ -137,6 +165,7 @@ export async function until<T>(
       const value = await probe();
       if (value !== undefined && value !== false) return value;
     } catch (thrown) {
+      if (thrown instanceof Fatal) throw thrown;
       last = thrown;
     }
     if (performance.now() > deadline)
@@ -193,71 +222,106 @@ export class Lab {
   readonly etcd = `${UNDERLAY}.${ETCD_HOST}:2379`;
   readonly switch: string;
   readonly #ledger: Ledger;
+  readonly #nodeCount: number;
   readonly #agentFlags: readonly string[];
   readonly #progress: (line: string) => void;
+  /** Commands that make something and have not ended: `down` waits for them, or it would miss what they make. */
+  readonly #making = new Set<Promise<unknown>>();
+  #ending: Promise<void> | undefined;
 
   private constructor(options: LabOptions) {
     this.lab = options.lab ?? `ewl${process.pid}`;
     if (!/^[a-z0-9]{1,10}$/.test(this.lab)) throw new Error(`lab name "${this.lab}": 1…10 of a-z 0-9`);
+    if (!(Number.isInteger(options.nodes) && options.nodes >= 1 && options.nodes <= NODES_MAX))
+      throw new Error(`nodes: ${options.nodes} must be 1…${NODES_MAX}`);
     this.dir = join('/tmp', `edgeway-lab-${this.lab}`);
     this.runtime = options.runtime ?? 'node';
     this.switch = `${this.lab}-net`;
+    this.#nodeCount = options.nodes;
     this.#agentFlags = options.agentFlags ?? [];
     this.#progress = options.progress ?? (() => {});
-    this.#ledger = { lab: this.lab, dir: this.dir, namespaces: [], processes: [], engines: [], files: [] };
+    const owner = { pid: process.pid, started: startTime(process.pid) ?? '' };
+    const { lab, dir } = this;
+    this.#ledger = { lab, dir, owner, namespaces: [], processes: [], engines: [], files: [], parents: [] };
   }
 
   /** Builds hosts and etcd; agents are started by startAgent. On failure nothing is left. */
   static async up(options: LabOptions): Promise<Lab> {
-    const lab = new Lab(options);
-    try {
-      await lab.#build(options.nodes);
-      return lab;
-    } catch (thrown) {
-      await lab.down();
-      throw thrown;
-    }
+    const lab = await Lab.create(options);
+    await lab.build();
+    return lab;
   }
 
-  /** Labs whose ledger is on this machine. */
+  /** Claims the lab's name and makes nothing else: for those who may have to call `down` while it is built. */
+  static async create(options: LabOptions): Promise<Lab> {
+    const lab = new Lab(options);
+    const old = readLedger(lab.lab);
+    if (old !== undefined && abandoned(old)) await removeAll(old);
+    lab.#claim();
+    return lab;
+  }
+
   static ledgerOf(lab: string): string {
     return join(LEDGERS, `${lab}.json`);
   }
 
-  /** Removes a lab that another process made, from its ledger. */
-  static async sweep(lab: string): Promise<boolean> {
-    const path = Lab.ledgerOf(lab);
-    if (!existsSync(path)) return false;
-    await removeAll(JSON.parse(readFileSync(path, 'utf8')) as Ledger);
-    return true;
+  /** Labs whose ledger is on this machine. */
+  static names(): string[] {
+    if (!existsSync(LEDGERS)) return [];
+    const files = readdirSync(LEDGERS).filter((file) => file.endsWith('.json'));
+    return files.map((file) => file.replace(/\.json$/, ''));
   }
 
-  async #build(count: number): Promise<void> {
-    if (!(count >= 1 && count <= NODES_MAX)) throw new Error(`nodes: ${count} must be 1…${NODES_MAX}`);
-    if (existsSync(Lab.ledgerOf(this.lab))) await Lab.sweep(this.lab);
-    mkdirSync(this.dir, { recursive: true, mode: 0o755 });
-    this.#progress(`network: a switch and ${count} hosts`);
-    await this.#addNetns(this.switch);
-    await must(
-      ['ip', '-n', this.switch, '-batch', '-'],
-      [
-        'link add under type bridge',
-        `addr add ${UNDERLAY}.${ETCD_HOST}/24 dev under`,
-        'link set under up',
-      ].join('\n'),
-    );
-    for (let index = 1; index <= count; index++) await this.#addHost(index);
-    this.#progress('etcd');
-    await this.startEtcd();
+  /** Removes a lab that another process made, from its ledger. */
+  static async sweep(lab: string): Promise<boolean> {
+    const ledger = readLedger(lab);
+    if (ledger !== undefined) await removeAll(ledger);
+    return ledger !== undefined;
+  }
+
+  /** Removes the labs whose owner has ended without doing so; their names. */
+  static async sweepAbandoned(): Promise<string[]> {
+    const ledgers = Lab.names().map(readLedger);
+    const left = ledgers.filter((ledger) => ledger !== undefined && abandoned(ledger)) as Ledger[];
+    for (const ledger of left) await removeAll(ledger);
+    return left.map((ledger) => ledger.lab);
+  }
+
+  /** The lab outlives this process: only `sweep` by its name ends it. */
+  leave(): void {
+    this.#ledger.owner = undefined;
+    this.#save();
+  }
+
+  async build(): Promise<void> {
+    try {
+      mkdirSync(this.dir, { recursive: true, mode: 0o755 });
+      this.#progress(`network: a switch and ${this.#nodeCount} hosts`);
+      await this.#addNetns(this.switch);
+      await must(
+        ['ip', '-n', this.switch, '-batch', '-'],
+        [
+          'link add under type bridge',
+          `addr add ${UNDERLAY}.${ETCD_HOST}/24 dev under`,
+          'link set under up',
+        ].join('\n'),
+      );
+      for (let index = 1; index <= this.#nodeCount; index++) await this.#addHost(index);
+      this.#progress('etcd');
+      await this.startEtcd();
+    } catch (thrown) {
+      const left = await this.down().catch((cause: Error) => `\n${cause.message}`);
+      throw new Error(`${(thrown as Error).message}${left ?? ''}`, { cause: thrown });
+    }
   }
 
   async #addHost(index: number): Promise<void> {
     const netns = `${this.lab}-n${index}`;
     const ip = `${UNDERLAY}.${index}`;
     // Each host has a resolv.conf of its own, so that nothing of ours ever writes the machine's.
-    this.#addFile(`/etc/netns/${netns}`);
-    mkdirSync(`/etc/netns/${netns}`, { recursive: true });
-    writeFileSync(`/etc/netns/${netns}/resolv.conf`, `nameserver ${UNDERLAY}.${ETCD_HOST}\n`);
+    this.#addFile(`${NETNS_FILES}/${netns}`);
+    mkdirSync(`${NETNS_FILES}/${netns}`, { recursive: true });
+    writeFileSync(`${NETNS_FILES}/${netns}/resolv.conf`, `nameserver ${UNDERLAY}.${ETCD_HOST}\n`);
     await this.#addNetns(netns);
     await must([
       'ip',
@@ -298,20 +362,52 @@ export class Lab {
   }
 
   async #addNetns(netns: string): Promise<void> {
+    this.#checkOpen();
     this.#ledger.namespaces.push(netns);
     this.#save();
-    await must(['ip', 'netns', 'add', netns]);
+    const making = must(['ip', 'netns', 'add', netns]);
+    this.#making.add(making);
+    await making.finally(() => this.#making.delete(making));
     await must(['ip', '-n', netns, 'link', 'set', 'lo', 'up']);
   }
 
   #addFile(path: string): void {
+    this.#checkOpen();
     this.#ledger.files.push(path);
+    const parent = dirname(path);
+    if (!existsSync(parent)) this.#ledger.parents.push(parent);
     this.#save();
   }
 
+  /** Nothing is made any more once `down` has begun. */
+  #checkOpen(): void {
+    if (this.#ending !== undefined) throw new Fatal(`lab ${this.lab} is being removed`);
+  }
+
+  /** Writes the first ledger; only one of several can. */
+  #claim(): void {
+    const path = Lab.ledgerOf(this.lab);
+    const draft = this.#draft();
+    try {
+      linkSync(draft, path);
+    } catch (cause) {
+      if ((cause as NodeJS.ErrnoException).code !== 'EEXIST') throw cause;
+      throw new Error(`lab ${this.lab} exists already; end it with: ${downCommand(this.lab)}`);
+    } finally {
+      rmSync(draft);
+    }
+  }
+
+  /** A reader, also after kill -9, finds the whole ledger or the one before. */
   #save(): void {
+    renameSync(this.#draft(), Lab.ledgerOf(this.lab));
+  }
+
+  #draft(): string {
     mkdirSync(LEDGERS, { recursive: true });
-    writeFileSync(Lab.ledgerOf(this.lab), JSON.stringify(this.#ledger, undefined, 1));
+    const draft = `${Lab.ledgerOf(this.lab)}.${process.pid}`;
+    writeFileSync(draft, JSON.stringify(this.#ledger, undefined, 1));
+    return draft;
   }
 
   /** Starts a program in a namespace; its output goes to a file. It is ended by `down`. */
@@ -324,6 +420,7 @@ export class Lab {
     // The shell opens the file and execs: a descriptor handed to a child is closed twice on one of the runtimes.
     // `ip netns exec` execs too, so the child's pid is the program's. A group of its own keeps a terminal's Ctrl-C
     // away from it: the lab ends its processes itself, in order.
+    this.#checkOpen();
     const child = spawn('sh', ['-c', 'exec ip netns exec "$@" >>"$0" 2>&1', logFile, netns, ...argv], {
       stdio: 'ignore',
       detached: true,
@@ -345,7 +442,8 @@ export class Lab {
 
   async startEtcd(): Promise<void> {
     const url = `http://${this.etcd}`;
-    this.spawn(
+    const log = join(this.dir, 'etcd.log');
+    const etcd = this.spawn(
       this.switch,
       // biome-ignore format: one flag and its value a line
       [
@@ -358,13 +456,18 @@ export class Lab {
         '--initial-cluster', 'lab=http://127.0.0.1:2380',
         '--log-level', 'error',
       ],
-      join(this.dir, 'etcd.log'),
+      log,
     );
     await until('etcd answers', 15_000, async () => {
+      this.#checkOpen();
+      if (etcd.exitCode !== null || etcd.signalCode !== null)
+        throw new Fatal(`it ended with ${etcd.exitCode ?? etcd.signalCode}`);
       const { status } = await run(['ip', 'netns', 'exec', this.switch, 'etcdctl', 'endpoint', 'health'], {
         timeoutMs: 3_000,
       });
       return status === 0 ? true : undefined;
+    }).catch((cause: Error) => {
+      throw new Error(`etcd: ${cause.message}\n${tailOf(log)}`, { cause });
     });
   }
 
@@ -386,12 +489,12 @@ export class Lab {
       const deno =
         process.env['DENO'] ?? (process.versions['deno'] === undefined ? undefined : process.execPath);
       if (deno === undefined) throw new Error('the environment variable DENO must name the deno binary');
-      return [deno, 'run', '-A', '--quiet', 'edge/main.ts', ...args];
+      return [deno, 'run', '-A', '--quiet', join(root, 'edge/main.ts'), ...args];
     }
     const node =
       process.env['NODE'] ?? (process.versions['deno'] === undefined ? process.execPath : undefined);
     if (node === undefined) throw new Error('the environment variable NODE must name the node binary');
-    return [node, '--disable-warning=ExperimentalWarning', 'edge/main.ts', ...args];
+    return [node, '--disable-warning=ExperimentalWarning', join(root, 'edge/main.ts'), ...args];
   }
 
   /** Starts the agent of a host and waits until its API answers. `etcd` empty: the agent starts its own. */
@@ -411,7 +514,9 @@ export class Lab {
     const agent = node.agent;
     await until(`agent of ${node.name} answers`, 30_000, async () => {
       if (agent.exitCode !== null || agent.signalCode !== null)
-        throw new Error(`it ended with ${agent.exitCode ?? agent.signalCode}:\n${this.tail(node)}`);
+        throw new Fatal(
+          `agent of ${node.name} ended with ${agent.exitCode ?? agent.signalCode}:\n${this.tail(node)}`,
+        );
       return (await callApi(node.apiSocket, 'GET', '/healthz')).status === 200 ? true : undefined;
     });
     return node;
@@ -419,9 +524,7 @@ export class Lab {
 
   /** Last lines of an agent's log. */
   tail(node: LabNode, lines = 30): string {
-    return existsSync(node.log)
-      ? readFileSync(node.log, 'utf8').trimEnd().split('\n').slice(-lines).join('\n')
-      : '';
+    return tailOf(node.log, lines);
   }
 
   api(index: number, method: string, path: string, body?: unknown): Promise<Answer> {
@@ -443,7 +546,7 @@ export class Lab {
   async addInstance(label: string): Promise<string> {
     const netns = `${this.lab}-${label}`;
     // The agent writes a resolv.conf for it, and removes it again when it detaches.
-    this.#addFile(`/etc/netns/${netns}`);
+    this.#addFile(`${NETNS_FILES}/${netns}`);
     await this.#addNetns(netns);
     return netns;
   }
@@ -455,20 +558,16 @@ export class Lab {
 
   /** A Docker Engine on a host, with its default bridge and rules. One per lab. */
   async startDocker(index: number): Promise<Dockerd> {
+    this.#checkOpen();
+    this.#progress(`Docker Engine on n${index}`);
     const socket = Lab.dockerSocket(this.lab);
     this.#ledger.engines.push(socket);
     this.#save();
-    const dockerd = await startDockerd(this.node(index).netns, dirname(socket));
-    this.adopt(dockerd.pid, 'dockerd');
-    return dockerd;
+    return await startDockerd(this.node(index).netns, dirname(socket), (pid) => this.adopt(pid, 'dockerd'));
   }
 
   /** Runs a program in a namespace to its end. */
-  exec(
-    netns: string,
-    argv: readonly string[],
-    options: { stdin?: string; timeoutMs?: number } = {},
-  ): Promise<Output> {
+  exec(netns: string, argv: readonly string[], options: RunOptions = {}): Promise<Output> {
     return run(['ip', 'netns', 'exec', netns, ...argv], options);
   }
 
@@ -478,7 +577,7 @@ export class Lab {
     const closed = new Promise<void>((resolve) => child.once('exit', () => resolve()));
     // Not child.kill: on Deno that makes the child look killed, however it then ends.
     process.kill(child.pid!, signal);
-    const limit = setTimeout(() => process.kill(child.pid!, 'SIGKILL'), timeoutMs);
+    const limit = setTimeout(() => child.kill('SIGKILL'), timeoutMs);
     await closed;
     clearTimeout(limit);
   }
@@ -491,14 +590,56 @@ export class Lab {
     node.agent = undefined;
   }
 
-  /** Removes everything, agents first so that they can leave in order. */
-  async down(): Promise<void> {
-    await Promise.all(
-      this.nodes.map((node) => (node.agent === undefined ? undefined : this.end(node.agent))),
-    );
-    await removeAll(this.#ledger);
+  /**
+   * Removes everything, agents first so that they can leave in order. May be called at any moment, also of the
+   * building, and again: there is one removal. Rejects with what is left and how to try again.
+   */
+  down(): Promise<void> {
+    this.#ending ??= (async () => {
+      await Promise.allSettled(this.#making);
+      await Promise.allSettled(
+        this.nodes.map((node) => (node.agent === undefined ? undefined : this.end(node.agent))),
+      );
+      await removeAll(this.#ledger);
+    })();
+    return this.#ending;
   }
 }
+
+/** A signal ends what was built and then this process: 130 when all is gone, 1 when something is left. */
+export function endOnSignals(end: () => Promise<void>): { readonly interrupted: boolean } {
+  const state = { interrupted: false };
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const)
+    process.on(signal, () => {
+      console.log(`\n${signal}: cleaning up`);
+      if (state.interrupted) return;
+      state.interrupted = true;
+      end().then(
+        () => process.exit(130),
+        (thrown: Error) => {
+          console.error(thrown.message);
+          process.exit(1);
+        },
+      );
+    });
+  return state;
+}
+
+/** How a person ends a lab by its name. */
+export function downCommand(lab: string): string {
+  return `scripts/run scripts/lab.ts down --lab ${lab}`;
+}
+
+function tailOf(file: string, lines = 30): string {
+  return existsSync(file) ? readFileSync(file, 'utf8').trimEnd().split('\n').slice(-lines).join('\n') : '';
+}
+
+function readLedger(lab: string): Ledger | undefined {
+  const path = Lab.ledgerOf(lab);
+  return existsSync(path) ? (JSON.parse(readFileSync(path, 'utf8')) as Ledger) : undefined;
+}
+
+const abandoned = ({ owner }: Ledger): boolean => owner !== undefined && !alive(owner);
 
 /** Mount points below a directory, in the order they were made. */
 function mountsBelow(dir: string): string[] {
@@ -508,44 +649,84 @@ function mountsBelow(dir: string): string[] {
   return points.filter((point) => point.startsWith(`${dir}/`));
 }
 
-/** Ends and removes what the ledger names, and nothing else; succeeds when things are gone already. */
-async function removeAll(ledger: Ledger): Promise<void> {
-  const alive = (entry: LedgerProcess): boolean => startTime(entry.pid) === entry.started;
-  const signal = (name: NodeJS.Signals): void => {
-    for (const entry of ledger.processes.toReversed())
-      if (alive(entry))
-        try {
-          process.kill(entry.pid, name);
-        } catch {
-          // it ended in between
-        }
-  };
-  /** A zombie has ended: only its parent, possibly ourselves, has yet to collect it. */
-  const running = (entry: LedgerProcess): boolean =>
-    alive(entry) && !/^State:\s+Z/m.test(readFileSync(`/proc/${entry.pid}/status`, 'utf8'));
-  const gone = (): true | undefined => {
+function signalAll(pids: readonly number[], name: NodeJS.Signals): void {
+  for (const pid of pids)
     try {
-      return ledger.processes.some(running) ? undefined : true;
+      process.kill(pid, name);
     } catch {
-      return undefined; // one ended while it was read: look again
+      // it ended in between
+    }
+}
+
+/**
+ * Ends and removes what the ledger names, and nothing else; succeeds when things are gone already. A step that fails
+ * does not keep the others from being done; the ledger stays until all have succeeded.
+ */
+async function removeAll(ledger: Ledger): Promise<void> {
+  const left: string[] = [];
+  const attempt = async (what: string, work: () => Promise<unknown>): Promise<void> => {
+    try {
+      await work();
+    } catch (thrown) {
+      left.push(`${what}: ${(thrown as Error).message}`);
     }
   };
-  for (const socket of ledger.engines)
-    if (existsSync(socket)) {
-      const { stdout } = await run(['docker', '-H', `unix://${socket}`, 'ps', '-aq']);
-      const ids = stdout.split('\n').filter((id) => id !== '');
-      if (ids.length > 0) await run(['docker', '-H', `unix://${socket}`, 'rm', '-f', ...ids]);
-    }
-  signal('SIGTERM');
-  await until('processes end', 8_000, gone).catch(() => signal('SIGKILL'));
-  await until('processes end', 5_000, gone);
-  for (const netns of ledger.namespaces.toReversed())
-    if (existsSync(`/run/netns/${netns}`)) await must(['ip', 'netns', 'delete', netns]);
-  // An engine that was ended in a hurry leaves mounts below its directory.
-  for (const mount of mountsBelow(ledger.dir).toReversed()) await must(['umount', mount]);
-  for (const file of ledger.files) rmSync(file, { recursive: true, force: true });
-  rmSync(ledger.dir, { recursive: true, force: true });
+  const clean = (...argv: string[]): Promise<string> => must(argv, undefined, { ownGroup: true });
+  const living = (): number[] =>
+    ledger.processes
+      .toReversed()
+      .filter(alive)
+      .map(({ pid }) => pid);
+  /** A zombie has ended: only its parent, possibly ourselves, has yet to collect it. */
+  const running = (pid: number): boolean => !/^State:\s+Z/m.test(readFileSync(`/proc/${pid}/status`, 'utf8'));
+  // One that ends while it is read throws, and `until` looks again.
+  const gone = (): true | undefined => (living().some(running) ? undefined : true);
+  const namespaces = (): string[] =>
+    ledger.namespaces.toReversed().filter((netns) => existsSync(`/run/netns/${netns}`));
+
+  for (const socket of ledger.engines.filter((path) => existsSync(path))) {
+    const docker = (...args: string[]): Promise<Output> =>
+      run(['docker', '-H', `unix://${socket}`, ...args], { ownGroup: true });
+    await attempt(`containers of ${socket}`, async () => {
+      const ids = (await docker('ps', '-aq')).stdout.split('\n').filter((id) => id !== '');
+      if (ids.length > 0) await docker('rm', '-f', ...ids);
+    });
+  }
+  signalAll(living(), 'SIGTERM');
+  await until('processes end', 8_000, gone).catch(() => signalAll(living(), 'SIGKILL'));
+  await attempt(`processes ${living().join(' ')}`, () => until('processes end', 5_000, gone));
+  // What they started and left behind runs in namespaces that are ours alone.
+  for (const netns of namespaces())
+    await attempt(`processes in ${netns}`, () =>
+      until('they end', 5_000, async () => {
+        const pids = (await clean('ip', 'netns', 'pids', netns)).split('\n').filter((pid) => pid !== '');
+        signalAll(pids.map(Number), 'SIGKILL');
+        return pids.length === 0 ? true : undefined;
+      }),
+    );
+  for (const netns of namespaces())
+    await attempt(`namespace ${netns}`, () => clean('ip', 'netns', 'delete', netns));
+  // An engine that was ended in a hurry leaves mounts below its directory, busy for as long as its last process ends.
+  for (const mount of mountsBelow(ledger.dir).toReversed())
+    await attempt(`mount ${mount}`, () =>
+      until('it can be unmounted', 5_000, async () => {
+        await clean('umount', mount);
+        return true;
+      }),
+    );
+  for (const path of [...ledger.files, ...(mountsBelow(ledger.dir).length === 0 ? [ledger.dir] : [])])
+    await attempt(path, async () => rmSync(path, { recursive: true, force: true, maxRetries: 5 }));
+  if (left.length > 0)
+    throw new Error(
+      `lab ${ledger.lab} is not gone: ${left.join('; ')}. Try again with: ${downCommand(ledger.lab)}`,
+    );
   rmSync(Lab.ledgerOf(ledger.lab), { force: true });
+  for (const parent of [...ledger.parents, LEDGERS])
+    try {
+      rmdirSync(parent);
+    } catch {
+      // others use it, or removed it
+    }
 }
 
 /** `scripts/run scripts/lab.ts up|down|list`: a laboratory to play with. */
@@ -561,8 +742,7 @@ async function main(): Promise<void> {
   });
   const [verb] = positionals;
   if (verb === 'list') {
-    for (const file of existsSync(LEDGERS) ? readdirSync(LEDGERS) : [])
-      console.log(file.replace(/\.json$/, ''));
+    for (const name of Lab.names()) console.log(name);
     return;
   }
   if (verb === 'down') {
@@ -578,23 +758,33 @@ async function main(): Promise<void> {
     process.exitCode = 2;
     return;
   }
-  const lab = await Lab.up({
+  const lab = await Lab.create({
     lab: values.lab,
     nodes: Number(values.nodes),
     runtime: values.runtime,
     agentFlags: values.flag,
     progress: (line) => console.log(line),
   });
+  const signals = endOnSignals(() => lab.down());
   try {
+    await lab.build();
     await lab.startAll();
   } catch (thrown) {
     await lab.down();
+    if (signals.interrupted) await new Promise(() => {}); // the handler has the last word
     throw thrown;
   }
   for (const node of lab.nodes)
     console.log(`${node.name}  ip netns exec ${node.netns} …  --api unix:${node.apiSocket}  ${node.log}`);
   console.log(`etcd  ip netns exec ${lab.switch} etcdctl get --prefix /edgeway/v1/`);
+  lab.leave();
   process.exit(0); // its processes live on
 }
 
-if (process.argv[1] === fileURLToPath(import.meta.url)) await main();
+if (process.argv[1] === fileURLToPath(import.meta.url))
+  try {
+    await main();
+  } catch (thrown) {
+    console.error((thrown as Error).message);
+    process.exit(1);
+  }

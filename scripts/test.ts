@@ -8,6 +8,7 @@ import { join, relative } from 'node:path';
 import process from 'node:process';
 import { fileURLToPath } from 'node:url';
 import { parseArgs, stripVTControlCharacters } from 'node:util';
+import { Lab } from './lab.ts';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 const FILE_LIMIT_MS = 300_000;
@@ -71,6 +72,11 @@ function run(runtime: string, file: string): Promise<Outcome> {
   });
 }
 
+/** Removes the laboratories of test files that were killed, now or in an earlier run. */
+async function sweep(): Promise<void> {
+  for (const lab of await Lab.sweepAbandoned()) console.log(`     removed lab ${lab}: its owner was killed`);
+}
+
 /** Runs what the arguments select; prints one line a file, and the output of those that failed. */
 export async function runTests(args: readonly string[]): Promise<{ passed: number; failed: number }> {
   const { values, positionals } = parseArgs({
@@ -92,10 +98,14 @@ export async function runTests(args: readonly string[]): Promise<{ passed: numbe
       console.log(
         `${mark} ${next.runtime.padEnd(4)} ${next.file}  ${outcome.passed} passed, ${outcome.failed} failed, ${(outcome.durationMs / 1000).toFixed(1)} s`,
       );
-      if (outcome.failed > 0) console.log(outcome.output.replace(/^/gm, '     | '));
+      if (outcome.failed > 0) {
+        console.log(outcome.output.replace(/^/gm, '     | '));
+        await sweep();
+      }
     }
   }
 
+  await sweep();
   const together = work.filter(({ file }) => !alone(file));
   await Promise.all(Array.from({ length: Number(values.jobs) }, () => drain(together)));
   await drain(work.filter(({ file }) => alone(file)));

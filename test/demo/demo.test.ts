@@ -15,19 +15,32 @@ const root = fileURLToPath(new URL('../..', import.meta.url));
 const SERVICE = 'shop.prod.cart.v1';
 
 /** What the demo could leave behind: namespaces, links, rules, mounts, files, processes. Ours carry `ewd`. */
-async function traces(): Promise<string[]> {
+async function traces(): Promise<Set<string>> {
   const lines = async (argv: string[]): Promise<string[]> => (await run(argv)).stdout.split('\n');
+  const inside = (directory: string): string[] => (existsSync(directory) ? readdirSync(directory) : []);
   const listed = [
     ...(await lines(['ip', 'netns', 'list'])),
     ...(await lines(['ip', '-o', 'link'])),
     ...(await lines(['nft', 'list', 'tables'])),
     ...readFileSync('/proc/self/mounts', 'utf8').split('\n'),
-    ...readdirSync('/tmp'),
-    ...(existsSync('/run/edgeway-lab') ? readdirSync('/run/edgeway-lab') : []),
-    ...(existsSync('/etc/netns') ? readdirSync('/etc/netns') : []),
+    ...['/tmp', '/run/edgeway-lab', '/etc/netns'].flatMap(inside),
     ...(await lines(['ps', '-eo', 'args'])),
   ];
-  return listed.filter((line) => /\bewd\d|edgeway-lab-ewd|edgeway0|edgeway-tun/.test(line));
+  return new Set([
+    ...listed.filter((line) => /\bewd\d|edgeway-lab-ewd|edgeway0|edgeway-tun/.test(line)),
+    ...['/run/edgeway-lab', '/etc/netns'].filter(existsSync),
+    // Engines and what they start name no lab. Those that ended and wait for init to collect them do not count.
+    ...(await lines(['ps', '-eo', 'pid,comm,stat'])).filter((line) =>
+      /(dockerd|containerd).* [^Z]/.test(line),
+    ),
+  ]);
+}
+
+async function assertNothingNew(before: Set<string>): Promise<void> {
+  assert.equal(
+    [...(await traces())].filter((trace) => !before.has(trace)),
+    [],
+  );
 }
 
 test('the demo: 60 answers over three instances, each by its own name, failover, and nothing left behind', async () => {
@@ -59,27 +72,38 @@ test('the demo: 60 answers over three instances, each by its own name, failover,
   );
   assert.match(seen.runtime, runtime);
   for (const key of ['resolve_ms', 'first_request_ms', 'failover_ms']) assert.type(seen[key], 'number', key);
+  // What the issue promises of the demo, once everything is installed.
+  assert.ok(seen.total_s < 90, `${seen.total_s} s`);
   assert.ok(seen.versions.etcd && seen.versions.runtime, JSON.stringify(seen.versions));
-  assert.equal(await traces(), before);
+  await assertNothingNew(before);
 });
 
-test('the demo: Ctrl-C in the middle leaves nothing behind', async () => {
-  const before = await traces();
-  const child = spawn('./scripts/demo', ['--runtime', runtime], {
-    cwd: root,
-    stdio: ['ignore', 'pipe', 'pipe'],
-    detached: true,
+/** What is on the screen when Ctrl-C comes: each is another part of the lab that is only half there. */
+const INTERRUPTED_AT = ['network:', 'etcd\n', 'agent n2', 'Docker Engine', '60 requests'];
+for (const screen of INTERRUPTED_AT)
+  test(`the demo: Ctrl-C at "${screen.trim()}" leaves nothing behind`, async () => {
+    const before = await traces();
+    const child = spawn('./scripts/demo', ['--runtime', runtime], {
+      cwd: root,
+      stdio: ['ignore', 'pipe', 'pipe'],
+      detached: true,
+    });
+    try {
+      let output = '';
+      for (const stream of [child.stdout, child.stderr])
+        stream.on('data', (chunk: Buffer) => {
+          output += chunk.toString();
+        });
+      const ended = new Promise<number | null>((resolve) => child.on('close', resolve));
+      await until(screen, 60_000, () => (output.includes(screen) ? true : undefined));
+      process.kill(-child.pid!, 'SIGINT'); // as a terminal does: to the whole group
+      assert.is(await ended, 130, output);
+    } finally {
+      // A demo that is still there has an end of its own: it cleans up.
+      if (child.exitCode === null && child.signalCode === null) process.kill(-child.pid!, 'SIGTERM');
+    }
+    await assertNothingNew(before);
   });
-  let output = '';
-  child.stdout.on('data', (chunk: Buffer) => {
-    output += chunk.toString();
-  });
-  const ended = new Promise<number | null>((resolve) => child.on('close', resolve));
-  await until('agents start', 60_000, () => (output.includes('agent n2') ? true : undefined));
-  process.kill(-child.pid!, 'SIGINT'); // as a terminal does: to the whole group
-  assert.is(await ended, 130, output);
-  assert.equal(await traces(), before);
-});
 
 test('the demo: a failure half-way says what failed and leaves nothing behind', async () => {
   const before = await traces();
@@ -96,7 +120,7 @@ test('the demo: a failure half-way says what failed and leaves nothing behind', 
   } finally {
     rmSync(bin, { recursive: true });
   }
-  assert.equal(await traces(), before);
+  await assertNothingNew(before);
 });
 
 test.run();
