@@ -1,8 +1,11 @@
 # Sourced by scripts/run, scripts/demo and scripts/test: makes a fresh machine ready. Sets NODE and DENO to runtimes
-# that are new enough. Says what it does; does nothing twice.
+# that are new enough. Says what it does; does nothing twice. The caller stays in its directory: the paths that it
+# was given are relative to that.
 set -eu
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$root"
+# Where `su` without `-` does not look.
+PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+export PATH
 
 # shellcheck shell=bash disable=SC2034
 # program:package pairs. What a laboratory with agents, etcd and a container needs …
@@ -10,6 +13,7 @@ LAB_PACKAGES=(ip:iproute2 sysctl:procps ps:procps nsenter:util-linux nft:nftable
   busybox:busybox-static curl:curl dockerd:docker.io tcpdump:tcpdump)
 # … and the real clients that the tests ask.
 TEST_PACKAGES=(dig:bind9-dnsutils openssl:openssl avahi-daemon:avahi-daemon avahi-resolve:avahi-utils dbus-daemon:dbus iperf3:iperf3
+  dnsmasq:dnsmasq-base musl-gcc:musl-tools chromium-headless-shell:chromium-headless-shell
   /usr/lib/python3/dist-packages/grpc:python3-grpcio /usr/lib/python3/dist-packages/grpc_tools:python3-grpc-tools)
 # … and what the benchmarks run.
 BENCH_PACKAGES=(iperf3:iperf3 ethtool:ethtool dnsperf:dnsperf dnsmasq:dnsmasq-base)
@@ -30,13 +34,29 @@ need_packages() {
     exit 1
   fi
   say "installing Debian packages: ${missing[*]}"
-  if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/tmp/edgeway-apt.$$ 2>&1; then
-    cat /tmp/edgeway-apt.$$ >&2
-    rm -f /tmp/edgeway-apt.$$
+  install_packages "${missing[@]}"
+}
+
+# Their programs are wanted, not their services: Debian asks policy-rc.d before it starts one. A subshell, so that its
+# traps take everything away again, also after Ctrl-C.
+install_packages() (
+  policy=/usr/sbin/policy-rc.d
+  mark="made by edgeway's scripts/setup.sh while it installs packages"
+  log="$(mktemp)"
+  undo() {
+    rm -f "$log"
+    ! grep -qs "$mark" "$policy" || rm -f "$policy"
+  }
+  trap undo EXIT
+  trap 'exit 130' INT TERM HUP
+  [ -e "$policy" ] || { printf '#!/bin/sh\n# %s\nexit 101\n' "$mark" >"$policy" && chmod 755 "$policy"; }
+  if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } >"$log" 2>&1; then
+    cat "$log" >&2
     exit 1
   fi
-  rm -f /tmp/edgeway-apt.$$
-}
+  [ ! -d /run/systemd/system ] ||
+    say "their services were not started; at the next boot they are, unless you disable them: systemctl disable NAME"
+)
 
 need_root() {
   [ "$(id -u)" -eq 0 ] || { say "this needs root: it makes network namespaces and TUN devices"; exit 1; }
@@ -44,11 +64,12 @@ need_root() {
 
 # npm packages exactly as locked; install scripts never run.
 need_modules() {
-  if [ ! -f node_modules/.package-lock.json ] || [ package-lock.json -nt node_modules/.package-lock.json ]; then
+  local made="$root/node_modules/.package-lock.json"
+  if [ ! -f "$made" ] || [ "$root/package-lock.json" -nt "$made" ]; then
     command -v npm >/dev/null 2>&1 || need_packages npm:npm
     say "installing npm packages"
-    npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >&2
-    touch node_modules/.package-lock.json
+    (cd "$root" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) >&2
+    touch "$made"
   fi
 }
 
@@ -64,8 +85,7 @@ find_runtimes() {
     fi
   done
   [ -n "$NODE" ] || { say "no Node >= 22.18 found, and the npm package node-linux-* is not installed"; exit 1; }
-  DENO="$(ls node_modules/@deno/*/deno 2>/dev/null | head -n 1 || true)"
-  [ -n "$DENO" ] && DENO="$root/$DENO"
+  DENO="$(ls "$root"/node_modules/@deno/*/deno 2>/dev/null | head -n 1 || true)"
   export NODE DENO
 }
 

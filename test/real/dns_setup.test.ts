@@ -3,7 +3,7 @@
 import { join } from 'node:path';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { needProgram, unpacked } from './debian.ts';
+import { unpacked } from './debian.ts';
 import { type Client, DnsLab, must, runtimeArgv, type Talker, until } from './dns_lab.ts';
 
 const NAME = 'shop.prod.cart.v1.any.closest.local';
@@ -66,7 +66,6 @@ async function resolves(space: Client): Promise<void> {
   assert.match((await space.run(['getent', 'ahosts', FOREIGN])).stdout, '192.0.2.80');
 }
 
-test.before(() => needProgram('dnsmasq', 'dnsmasq-base'));
 test.after(async () => {
   for (const lab of labs) await lab.down();
   labs = [];

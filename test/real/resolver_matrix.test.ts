@@ -9,7 +9,7 @@ import { join } from 'node:path';
 import process from 'node:process';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { needProgram, unpacked } from './debian.ts';
+import { unpacked } from './debian.ts';
 import { type Client, DnsLab, must, type Ran, run, type Talker, until } from './dns_lab.ts';
 
 const NAME = 'shop.prod.cart.v1.any.closest.local';
@@ -30,8 +30,6 @@ function found(ran: Ran, what: string, pattern: RegExp | string = ADDRESS): void
 }
 
 test.before(async () => {
-  await needProgram('dnsmasq', 'dnsmasq-base');
-  await needProgram('curl', 'curl');
   lab = await new DnsLab().up();
   await lab.inHost(['ip', 'addr', 'add', `${ADDRESS}/32`, 'dev', 'lo']);
   const upstream = lab.talk([
@@ -115,7 +113,6 @@ test('glibc with mdns (IPv4 and IPv6) does not wait for AAAA where the interface
 });
 
 test('musl, a static binary', async () => {
-  await needProgram('musl-gcc', 'musl-tools');
   const source = join(lab.directory, 'look.c');
   const binary = join(lab.directory, 'look');
   writeFileSync(
@@ -205,7 +202,6 @@ test('curl opens the page by its name', async () => {
 });
 
 test('Chromium, headless, opens the page by its seven-label name', async () => {
-  await needProgram('chromium-headless-shell', 'chromium-headless-shell');
   const ran = await plain.run(
     [
       'chromium-headless-shell',
