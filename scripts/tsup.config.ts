@@ -1,7 +1,18 @@
-// Bundles the command for shipping: dist/edgeway.js with everything but the native parts. etcd3 reads its .proto
-// files from beside the bundle's parent, so they are copied there.
-import { cpSync } from 'node:fs';
+// Bundles the command and Kudo's library for shipping: dist/ is a package for Node that needs nothing but koffi beside
+// it. Deno is not served: it runs the sources as they are. etcd3 and Kudo's service read their .proto files from beside
+// the bundle's parent, so they are copied there.
+import { cpSync, writeFileSync } from 'node:fs';
 import { defineConfig } from 'tsup';
+import packageJson from '../package.json' with { type: 'json' };
+
+const { name, version, description, license, engines, dependencies } = packageJson;
+/** What the bundle finds at run time in node_modules: koffi has one binary per platform. */
+const shipped = {
+  ...{ name, version, description, license, type: 'module', engines },
+  bin: { edgeway: './bin/edgeway.js' },
+  exports: { './kudo': './bin/kudo.js', './kudo/network.proto': './kudo/network.proto' },
+  dependencies: { koffi: dependencies.koffi },
+};
 
 export default defineConfig({
   entry: {
@@ -18,14 +29,14 @@ export default defineConfig({
   clean: true,
   dts: false,
   shims: true,
-  // Found at run time in node_modules: koffi has one binary per platform.
-  external: ['koffi', 'node-tun'],
-  noExternal: [/^(?!koffi|node-tun)/],
+  external: ['koffi'],
+  noExternal: [/^(?!koffi$)/],
   banner: {
     js: "import { createRequire as edgewayRequire } from 'node:module'; const require = edgewayRequire(import.meta.url);",
   },
   onSuccess: async () => {
     cpSync('node_modules/etcd3/proto', 'dist/proto', { recursive: true });
     cpSync('edge/kudo/network.proto', 'dist/kudo/network.proto');
+    writeFileSync('dist/package.json', `${JSON.stringify(shipped, undefined, 2)}\n`);
   },
 });

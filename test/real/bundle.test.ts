@@ -1,0 +1,76 @@
+// What `npm run build` makes, as it is shipped: in a directory far from this checkout, with koffi and nothing else in
+// node_modules, under Node. Deno runs the sources and needs no bundle.
+import { cpSync, readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { suite } from 'uvu';
+import * as assert from 'uvu/assert';
+import { Lab, must, run, until } from '../../scripts/lab.ts';
+
+const test = suite('bundle');
+const root = fileURLToPath(new URL('../..', import.meta.url));
+const SERVICE = 'shop.prod.cart.v1';
+let lab: Lab;
+
+/** The shipped file under Node, from a directory that is not ours. */
+const shipped = (file: string, ...args: string[]): string[] => [
+  ...['env', '-C', '/', lab.command()[0]!, join(lab.dir, 'shipped/bin', file)],
+  ...args,
+];
+
+test.before(async () => {
+  lab = await Lab.up({ nodes: 1, runtime: 'node' });
+  const [node] = lab.command();
+  const tsup = join(root, 'node_modules/tsup/dist/cli-default.js');
+  await must(['env', '-C', root, node!, tsup, '--config', 'scripts/tsup.config.ts', '--silent']);
+  const there = join(lab.dir, 'shipped');
+  cpSync(join(root, 'dist'), there, { recursive: true });
+  for (const name of [
+    'koffi',
+    ...readdirSync(join(root, 'node_modules/@koromix')).map((one) => `@koromix/${one}`),
+  ])
+    cpSync(join(root, 'node_modules', name), join(there, 'node_modules', name), { recursive: true });
+});
+test.after(async () => {
+  await lab?.down();
+});
+
+test('edgeway.js: says its version', async () => {
+  const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'));
+  const { status, stdout, stderr } = await run(shipped('edgeway.js', '--version'));
+  assert.is(status, 0, stderr);
+  assert.is(stdout.trim(), version);
+  assert.is(stderr, '');
+});
+
+test('edgeway.js: an agent registers with an etcd of its own, attaches an instance and answers its name', async () => {
+  const node = lab.node(1);
+  const api = `unix:${node.apiSocket}`;
+  const flags = ['--node', node.name, '--node-ip', node.ip, '--api', api, '--data-dir', join(lab.dir, 'n1')];
+  node.agent = lab.spawn(
+    node.netns,
+    shipped('edgeway.js', 'agent', ...flags, '--register', 'auto'),
+    node.log,
+  );
+  await until('the agent has registered', 30_000, async () =>
+    (await lab.api(1, 'GET', '/api/v1/status')).body.subnet === null ? undefined : true,
+  ).catch((error: Error) => assert.unreachable(`${error.message}\n${lab.tail(node)}`));
+  const netns = await lab.addInstance('one');
+  const attached = await run(shipped('edgeway.js', 'attach', SERVICE, '1', '--netns', netns, '--api', api));
+  assert.is(attached.status, 0, `${attached.stderr}\n${lab.tail(node)}`);
+  const { stdout } = await lab.exec(netns, ['getent', 'hosts', `${SERVICE}.1.fixed.local`]);
+  assert.match(stdout, /^172\.30\./);
+  // What is loaded when it is asked for.
+  assert.match((await lab.api(1, 'GET', '/metrics')).body, 'edgeway_');
+  assert.is((await lab.api(1, 'GET', '/api/v1/openapi.json')).status, 200);
+  await lab.end(node.agent);
+  assert.is(node.agent.exitCode, 0, lab.tail(node));
+});
+
+test("kudo.js: is Kudo's library", async () => {
+  const source = `console.log(Object.keys(await import(${JSON.stringify(join(lab.dir, 'shipped/bin/kudo.js'))})).join())`;
+  const { stdout, stderr } = await run([lab.command()[0]!, '--input-type=module', '-e', source]);
+  assert.match(stdout, 'setupNode', stderr);
+});
+
+test.run();
