@@ -448,12 +448,18 @@ export class Agent implements NodeControl {
     });
   }
 
-  watch(listener: (change: Change) => void): () => void {
+  async watch(listener: (change: Change) => void): Promise<() => void> {
     const own = this.#parts.routes;
-    const routes = own.interests === undefined ? own : this.#parts.openAll();
+    const routes = own.interests === undefined || !own.live ? own : this.#parts.openAll();
+    const close = (): void => {
+      if (routes !== own) void routes.close();
+    };
     const { table } = routes;
+    await routes.synced(limits.READ_YOUR_WRITES_MS).catch((thrown: unknown) => {
+      close();
+      throw thrown;
+    });
     const end = routes.onDelta((delta) => {
-      if (!table.synced) return;
       for (const id of delta.services) {
         const service = table.service(id);
         const instances = table.instancesOf(id);
@@ -471,7 +477,7 @@ export class Agent implements NodeControl {
     });
     return () => {
       end();
-      if (routes !== own) void routes.close();
+      close();
     };
   }
 

@@ -77,8 +77,8 @@ export interface NodeControl {
   /** A name or an address. */
   explain(text: string): Awaitable<ExplainView>;
   status(): Answer<typeof statusAnswer>;
-  /** Told of every change of the routing table from now on; the answer ends it. */
-  watch(listener: (change: Change) => void): () => void;
+  /** Told of every change of the routing table from when this resolves; the answer ends it. */
+  watch(listener: (change: Change) => void): Awaitable<() => void>;
   counters(): Readonly<Record<string, number>>;
   /** Why this node serves nobody although it should; undefined when all is well. */
   ailment(): string | undefined;
@@ -312,15 +312,20 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
       summary: 'Changes of services, instances and nodes as server-sent events, one JSON object each.',
       responses: { 200: { description: 'an endless text/event-stream' } },
     }),
-    (c) =>
-      streamSSE(c, async (stream) => {
-        const changes: Change[] = [];
+    async (c) => {
+      const changes: Change[] = [];
+      let told = (): void => {};
+      const end = await node.watch((change) => {
+        changes.push(change);
+        told();
+      });
+      return streamSSE(c, async (stream) => {
         let wake = (): void => {};
-        const end = node.watch((change) => {
+        told = () => {
           // A reader that cannot keep up is let go: it comes again and lists.
-          if (changes.push(change) > WATCH_QUEUE_MAX) stream.abort();
+          if (changes.length > WATCH_QUEUE_MAX) stream.abort();
           wake();
-        });
+        };
         stream.onAbort(() => {
           end();
           wake();
@@ -334,7 +339,8 @@ export function createApp(node: NodeControl, log: Logger, version: string): Hono
             });
           else await stream.writeSSE({ event: change.kind, data: JSON.stringify(change) });
         }
-      }),
+      });
+    },
   );
   app.route('/api/v1', api);
 
