@@ -4,6 +4,7 @@
 import process from 'node:process';
 import { type ArgsDef, defineCommand, runMain } from 'citty';
 import packageJson from '../package.json' with { type: 'json' };
+import { complaint } from './cli/flags.ts';
 import { SETTINGS, type SettingName } from './config.ts';
 
 const commands = () => import('./cli/commands.ts');
@@ -108,4 +109,11 @@ const main = defineCommand({
 if (process.argv[2] === 'coordinator') {
   const { runCoordinator } = await import('../coordinator/command.ts');
   await runCoordinator(process.argv.slice(3));
-} else await runMain(main);
+} else {
+  const wrong = await complaint(main, process.argv.slice(2));
+  if (wrong === undefined) await runMain(main);
+  else {
+    (await import('./cli/print.ts')).note(wrong);
+    process.exitCode = 2;
+  }
+}

@@ -148,7 +148,7 @@ function nearestOf(text: string, words: readonly string[]): string | undefined {
 }
 
 /** Levenshtein's distance, cut to 253 characters each way. */
-function distance(a: string, b: string): number {
+export function distance(a: string, b: string): number {
   const left = a.slice(0, 253);
   const right = b.slice(0, 253);
   let row = Array.from({ length: right.length + 1 }, (_, i) => i);

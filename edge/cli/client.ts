@@ -1,5 +1,5 @@
 // The command line's side of the REST API: one request, one answer, errors as the agent stated them.
-import { request } from 'node:http';
+import { type IncomingMessage, request } from 'node:http';
 import { EdgewayError, ERROR_CODES, type ErrorCode } from '../../src/error.ts';
 import { type ApiAddress, parseApiAddress } from '../config.ts';
 
@@ -35,30 +35,25 @@ export class ApiClient {
         ),
       );
       call.on('error', (cause) => reject(this.#unreachable(cause)));
-      call.on('response', (response) => {
-        const chunks: Buffer[] = [];
-        response.on('data', (chunk: Buffer) => chunks.push(chunk));
-        response.on('end', () => {
-          try {
-            resolve(readAnswer<T>(response.statusCode ?? 0, Buffer.concat(chunks).toString()));
-          } catch (thrown) {
-            reject(thrown);
-          }
-        });
-      });
+      call.on('response', (response) => this.#read<T>(response).then(resolve, reject));
       call.end(text);
     });
   }
 
-  /** Server-sent events of a stream that does not end by itself; resolves when the agent ends it. */
-  events(path: string, take: (event: string, data: string) => void): Promise<void> {
-    return new Promise((resolve, reject) => {
+  /** Server-sent events of a stream that has no end: rejects when the agent ends it, however it does. */
+  events(path: string, take: (event: string, data: string) => void): Promise<never> {
+    return new Promise((_, reject) => {
       const call = request({ ...this.#where(), method: 'GET', path, headers: { host: 'localhost' } });
       call.on('error', (cause) => reject(this.#unreachable(cause)));
       call.on('response', (response) => {
+        if (response.statusCode !== 200) {
+          this.#read(response).then(() => reject(this.#gone()), reject);
+          return;
+        }
         let rest = '';
-        response.on('data', (chunk: Buffer) => {
-          const blocks = (rest + chunk.toString()).split('\n\n');
+        response.setEncoding('utf8');
+        response.on('data', (chunk: string) => {
+          const blocks = (rest + chunk).split('\n\n');
           rest = blocks.pop() ?? '';
           for (const block of blocks) {
             const field = (name: string): string =>
@@ -66,9 +61,30 @@ export class ApiClient {
             take(field('event'), field('data'));
           }
         });
-        response.on('end', () => resolve());
+        response.on('error', (cause) => reject(this.#gone(cause)));
+        response.on('close', () => reject(this.#gone()));
       });
       call.end();
+    });
+  }
+
+  /** A whole answer; an agent that ends in the middle of it is an error, not a short answer. */
+  #read<T>(response: IncomingMessage): Promise<T> {
+    return new Promise((resolve, reject) => {
+      let text = '';
+      response.setEncoding('utf8');
+      response.on('data', (chunk: string) => {
+        text += chunk;
+      });
+      response.on('error', (cause) => reject(this.#gone(cause)));
+      response.on('close', () => {
+        if (!response.complete) return reject(this.#gone());
+        try {
+          resolve(readAnswer<T>(response.statusCode ?? 0, text));
+        } catch (thrown) {
+          reject(thrown);
+        }
+      });
     });
   }
 
@@ -82,6 +98,10 @@ export class ApiClient {
     if (cause instanceof EdgewayError) return cause;
     const message = `no agent answers at ${this.#text}: ${cause.message}. Start one with: edgeway agent`;
     return new EdgewayError('not_found', message, { cause });
+  }
+
+  #gone(cause?: Error): EdgewayError {
+    return new EdgewayError('not_found', `the agent at ${this.#text} ended before its answer did`, { cause });
   }
 }
 

@@ -5,6 +5,7 @@ import { text as readStream } from 'node:stream/consumers';
 import { type ArgsDef, defineCommand } from 'citty';
 import { EdgewayError } from '../../src/error.ts';
 import { API_PORT_DEFAULT } from '../../src/limits.ts';
+import { INSTANCE_NUMBER_MAX, parseInstanceNumber } from '../../src/name.ts';
 import type {
   Change,
   ExplainView,
@@ -16,7 +17,7 @@ import type {
 } from '../api/app.ts';
 import { environmentName } from '../config.ts';
 import { ApiClient } from './client.ts';
-import { guarded, print, printJson, type Row, table } from './print.ts';
+import { guarded, note, print, printJson, type Row, table } from './print.ts';
 
 const common = {
   api: {
@@ -151,8 +152,9 @@ export const deleteCommand = defineCommand({
   },
   run: ({ args }) =>
     guarded(async () => {
+      const asJson = wantsJson(args.output);
       await new ApiClient(args.api).call('DELETE', `/api/v1/services/${encodeURIComponent(args.service)}`);
-      if (wantsJson(args.output)) printJson({ deleted: args.service });
+      if (asJson) printJson({ deleted: args.service });
       else print(`service ${args.service} deleted`);
     }),
 });
@@ -165,12 +167,29 @@ export const registerCommand = defineCommand({
   },
   run: ({ args }) =>
     guarded(async () => {
+      const asJson = wantsJson(args.output);
       const body = args.subnet === undefined ? {} : { subnetwork: args.subnet };
       const answer = await new ApiClient(args.api).call<{ subnetwork: string }>('POST', '/register', body);
-      if (wantsJson(args.output)) printJson(answer);
+      if (asJson) printJson(answer);
       else print(`registered with ${answer.subnetwork}`);
     }),
 });
+
+function instanceNumber(text: string): number {
+  const number = parseInstanceNumber(text);
+  if (number === undefined)
+    throw new EdgewayError(
+      'invalid_request',
+      `instance "${text}": must be a number, 1…${INSTANCE_NUMBER_MAX}`,
+    );
+  return number;
+}
+
+function pidNumber(text: string): number {
+  if (!/^[1-9][0-9]*$/.test(text))
+    throw new EdgewayError('invalid_request', `--pid "${text}": must be the number of a process`);
+  return Number(text);
+}
 
 export const attachCommand = defineCommand({
   meta: { name: 'attach', description: 'attach a namespace, a process or a container as an instance' },
@@ -184,14 +203,15 @@ export const attachCommand = defineCommand({
   },
   run: ({ args }) =>
     guarded(async () => {
+      const asJson = wantsJson(args.output);
       const instance = await new ApiClient(args.api).call<InstanceView>('POST', '/api/v1/instances', {
         service: args.service,
-        instance: Number(args.instance),
+        instance: instanceNumber(args.instance),
         ...(args.netns === undefined ? {} : { netns: args.netns }),
-        ...(args.pid === undefined ? {} : { pid: Number(args.pid) }),
+        ...(args.pid === undefined ? {} : { pid: pidNumber(args.pid) }),
         ...(args.container === undefined ? {} : { container: args.container }),
       });
-      if (wantsJson(args.output)) printJson(instance);
+      if (asJson) printJson(instance);
       else print(table(INSTANCE_HEADER, [instanceRow(instance)]));
     }),
 });
@@ -205,10 +225,12 @@ export const detachCommand = defineCommand({
   },
   run: ({ args }) =>
     guarded(async () => {
-      const path = `/api/v1/instances/${encodeURIComponent(args.service)}/${encodeURIComponent(args.instance)}`;
+      const asJson = wantsJson(args.output);
+      const instance = instanceNumber(args.instance);
+      const path = `/api/v1/instances/${encodeURIComponent(args.service)}/${instance}`;
       await new ApiClient(args.api).call('DELETE', path);
-      if (wantsJson(args.output)) printJson({ detached: args.service, instance: Number(args.instance) });
-      else print(`instance ${args.instance} of ${args.service} detached`);
+      if (asJson) printJson({ detached: args.service, instance });
+      else print(`instance ${instance} of ${args.service} detached`);
     }),
 });
 
@@ -224,12 +246,13 @@ export const resolveCommand = defineCommand({
   },
   run: ({ args }) =>
     guarded(async () => {
+      const asJson = wantsJson(args.output);
       const answer = await new ApiClient(args.api).call<{
         name: string;
         address: string;
         instances: InstanceView[];
       }>('GET', `/api/v1/resolve?name=${encodeURIComponent(args.name)}`);
-      if (wantsJson(args.output)) printJson(answer);
+      if (asJson) printJson(answer);
       else {
         print(`${answer.name}  ${answer.address}\n`);
         print(table(INSTANCE_HEADER, answer.instances.map(instanceRow)));
@@ -245,9 +268,10 @@ export const explainCommand = defineCommand({
   },
   run: ({ args }) =>
     guarded(async () => {
+      const asJson = wantsJson(args.output);
       const path = `/api/v1/explain?of=${encodeURIComponent(args.of)}`;
       const answer = await new ApiClient(args.api).call<ExplainView>('GET', path);
-      if (wantsJson(args.output)) return printJson(answer);
+      if (asJson) return printJson(answer);
       print(`${answer.name}  ${answer.address ?? '-'}`);
       print(`${answer.policy}: ${answer.why}\n`);
       print(table(EXPLAIN_HEADER, answer.candidates.map(explainRow)));
@@ -275,8 +299,9 @@ export const statusCommand = defineCommand({
   args: common,
   run: ({ args }) =>
     guarded(async () => {
+      const asJson = wantsJson(args.output);
       const status = await new ApiClient(args.api).call<Record<string, unknown>>('GET', '/api/v1/status');
-      if (wantsJson(args.output)) printJson(status);
+      if (asJson) printJson(status);
       else
         print(
           table(
@@ -294,8 +319,8 @@ export const watchCommand = defineCommand({
     guarded(async () => {
       const asJson = wantsJson(args.output);
       await new ApiClient(args.api).events('/api/v1/watch', (event, data) => {
-        if (event === 'ready') return;
-        if (asJson) print(data);
+        if (event === 'ready') note('watching; Ctrl-C ends it');
+        else if (asJson) print(data);
         else print(describeChange(JSON.parse(data) as Change));
       });
     }),
@@ -318,6 +343,7 @@ export const describeCommand = defineCommand({
   },
   run: ({ args }) =>
     guarded(async () => {
+      const asJson = wantsJson(args.output);
       const client = new ApiClient(args.api);
       const services = await client.call<Listing<ServiceView>>('GET', '/api/v1/services');
       const instances = await client.call<Listing<InstanceView>>('GET', '/api/v1/instances');
@@ -328,7 +354,7 @@ export const describeCommand = defineCommand({
       );
       if (service === undefined && own.length + problems.length === 0)
         throw new EdgewayError('not_found', `no service "${args.service}"`);
-      if (wantsJson(args.output)) return printJson({ service: service ?? null, instances: own, problems });
+      if (asJson) return printJson({ service: service ?? null, instances: own, problems });
       if (service !== undefined) {
         const names = Object.entries(service.addresses).map(
           ([policy, address]): Row => [`${service.service}.any.${policy}.local`, address],

@@ -22,6 +22,11 @@ export function print(text: string): void {
   process.stdout.write(`${text}\n`);
 }
 
+/** For the person in front of the screen, not for the program behind a pipe. */
+export function note(text: string): void {
+  process.stderr.write(`edgeway: ${text}\n`);
+}
+
 export function printJson(value: unknown): void {
   print(JSON.stringify(value, undefined, 2));
 }
