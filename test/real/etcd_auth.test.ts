@@ -1,7 +1,9 @@
 // etcd with authentication on, TLS and client certificates; rights from coordinator/rbac.sh, nothing else. What an
 // agent, a cluster role and a root role need works; an agent cannot touch another node's claims or the plan.
 import { type ChildProcess, execFile, spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
@@ -38,6 +40,7 @@ const SUBNETS = { n1: '172.16.3.64/26', n2: '172.16.3.128/26' } as const;
 
 let dir: string;
 let etcd: ChildProcess;
+let ports: readonly [client: number, peer: number] | undefined;
 let endpoint: string;
 const clients: Kv[] = [];
 
@@ -93,10 +96,20 @@ async function byCertificate(name: string): Promise<Kv> {
   });
 }
 
+async function freePort(): Promise<number> {
+  const server = createServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address() as AddressInfo;
+  await new Promise((resolve) => server.close(resolve));
+  return port;
+}
+
+/** Again on the same ports: its clients know them. */
 async function startEtcd(): Promise<void> {
-  const port = 21_000 + (process.pid % 5_000);
+  ports ??= [await freePort(), await freePort()];
+  const [port] = ports;
   endpoint = `https://localhost:${port}`;
-  const peer = `http://127.0.0.1:${port + 5_000}`;
+  const peer = `http://127.0.0.1:${ports[1]}`;
   etcd = spawn(
     'setpriv',
     [

@@ -56,7 +56,7 @@ test('a member that hangs: requests end at their deadline, the watch ends by pin
   relay.freeze();
   const started = performance.now();
   await rejectsWith('coordination_unavailable', () => kv.txn([], [put('/hang/a', '1')]));
-  assert.ok(performance.now() - started < REQUEST_TIMEOUT_MS + 1_500, 'a write is tried once');
+  assert.ok(performance.now() - started < 2 * REQUEST_TIMEOUT_MS, 'a write is tried once');
   await direct.txn([], [put('/hang/b', '1')]);
   await eventually(() => !mirror.live, 'the watch to notice', PING_INTERVAL_MS + PING_TIMEOUT_MS + 6_000);
   relay.mend();

@@ -3,6 +3,8 @@
 //   n1: cart 1, cart 2 (namespaces), client near      n2: cart 3 (Docker container)      n3: client far
 //
 // Every client declares `needs`; every assertion is about what a program inside an instance saw.
+import { spawnSync } from 'node:child_process';
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
 import { suite } from 'uvu';
@@ -257,25 +259,25 @@ test('a service that needs nobody still answers those who need it, TCP and UDP, 
 });
 
 test('the packet on the underlay is VXLAN-GPE to tcpdump, with InstanceIP and namespace IP inside', async () => {
-  const capture = lab.exec(
+  const log = join(lab.dir, 'capture.log');
+  const capture = lab.spawn(
     lab.node(3).netns,
     // The fourth octet of the header is the next protocol: 1 is IPv4, ours are probes.
-    ['timeout', '10', 'tcpdump', '-nni', 'eth0', '-c', '2', 'udp port 4790 and udp[11] = 1'],
-    { timeoutMs: 15_000 },
+    ['tcpdump', '-l', '-nni', 'eth0', '-c', '2', 'udp port 4790 and udp[11] = 1'],
+    log,
   );
-  const shown = until('a packet is captured', 12_000, async () => {
-    await ask(far, 'udp', name('fixed', '3'), 3);
-    return true;
-  });
-  const { stdout, stderr } = await capture;
-  await shown;
+  const captured = (): string => readFileSync(log, 'utf8');
+  await until('tcpdump listens', 20_000, () => captured().includes('listening on') || undefined);
+  await ask(far, 'udp', name('fixed', '3'), 3);
+  await until('two packets are captured', 20_000, () => capture.exitCode ?? undefined);
+  const stdout = captured();
   const { body } = await lab.api(3, 'GET', '/api/v1/instances');
   const one = (service: string, number: number) =>
     body.items.find(
       (item: { service: string; instance: number }) => item.service === service && item.instance === number,
     );
   const [client, server] = [one('shop.prod.far.v1', 1), one(SERVICE, 3)];
-  assert.match(stdout, /VXLAN-GPE/i, stdout + stderr);
+  assert.match(stdout, /VXLAN-GPE/i, stdout);
   assert.match(stdout, /10\.77\.0\.3\.\d+ > 10\.77\.0\.2\.4790/, stdout);
   assert.match(
     stdout,
@@ -346,7 +348,7 @@ test('bad requests: unknown container, double deploy, number taken elsewhere, un
     await lab.api(1, 'POST', '/api/v1/instances', {
       service: SERVICE,
       instance: 9,
-      pid: process.pid + 100_000,
+      pid: spawnSync('true').pid, // it has ended
     }),
     404,
     'namespace_unknown',
