@@ -5,12 +5,14 @@ import { spawn } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
+import { fileURLToPath } from 'node:url';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Lab, type Output, type Runtime, run, until } from '../../scripts/lab.ts';
 
 const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
 const test = suite('command line');
+const root = fileURLToPath(new URL('../..', import.meta.url));
 const CART = 'shop.prod.cart.v1';
 const WEB = 'shop.prod.web.v1';
 const [cart, web, pay] = ['cart', 'web', 'pay'].map((servicename) => ({
@@ -74,6 +76,11 @@ test('apply: one descriptor from a file, one from standard input, an array; get 
   assert.match(listed, /^SERVICE +INSTANCES +ROUNDROBIN/);
   assert.match(listed, new RegExp(`^${WEB} +0 .* ${CART}$`, 'm'));
   assert.is(JSON.parse(await done('get services -o json')).items.length, 3);
+  // The shipped script, from a directory of the caller's: the path is relative to that.
+  const there = ['env', '-C', lab.dir, join(root, 'scripts/edgeway'), 'apply', '-f', 'cart.json'];
+  const applied = await run([...there, '--api', `unix:${lab.node(1).apiSocket}`]);
+  assert.is(applied.stdout, `service ${CART} applied\n`, applied.stderr);
+
   assert.match(await done(`describe ${CART}`), `${CART}.any.roundrobin.local  172.30.`);
 
   await refused(`apply -f ${lab.dir}/none.json`, 1, /none\.json: .*ENOENT/);
