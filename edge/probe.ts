@@ -1,9 +1,11 @@
 // Probing of other nodes: whom to ask and when, how far they are, how loaded, and whether they still answer. Sans-I/O:
 // answers and time come in, probes to send and changes of status come out; nothing is sent or timed here.
 //
-// Whom: `explore` asks one node every ~1 s, whoever is known (that moves the coordinate and finds nearer nodes);
-// `watch` asks the nodes that choices depend on every ~1 s: those in use, and per followed service the best three by
-// RTT and by cost. So a node sends O(services followed) probes, never O(nodes).
+// Whom: `explore` asks one node every ~1 s: in turn those of followed services that nobody watches, and anybody (that
+// moves the coordinate and finds nearer nodes); `watch` asks the nodes that choices depend on every ~1 s: those in use,
+// of a followed service all when they are few, else the best three by RTT and by cost. Whoever of a followed service
+// leaves an explore unanswered is watched until it is clear why. So a node sends O(services followed) probes, never
+// O(nodes).
 //
 // Status of a watched node, with the times of the worst case (the node dies just after an answer):
 //
@@ -43,14 +45,20 @@ const LOST_AFTER_MS = 60_000;
 const EXPLORE_INTERVAL_MS = 1_000;
 const EXPLORE_FIRST_MS = 200;
 const EXPLORE_FIRST_COUNT = 50;
-/** Answers of which the lowest RTT counts: a longer way shows after so many seconds, a shorter one at once. */
+/** Answers of which the lowest RTT counts: a little longer way shows after so many seconds, a shorter one at once … */
 const RECENT = 8;
+/** … and one that is longer by half and by 5 ms after three: no queue of ours stands that high for so long. */
+const RISE = 1.5;
+const RISE_MS = 5;
+const RISE_ANSWERS = 3;
 /** How long a measured RTT stands before coordinates know better. Paths change rarely, loads do not: see LOAD_FRESH_MS. */
 export const RTT_FRESH_MS = 600_000;
 export const LOAD_FRESH_MS = 5_000;
-/** After a choice its node is watched for so long. */
+/** A node is watched for so long after a choice, or after the last word that flows of ours live there. */
 const USE_MS = 30_000;
 const BEST = 3;
+/** Services on at most so many nodes are watched whole: whoever of them dies is known before the next flow comes. */
+const FEW = 8;
 /** Nodes watched at once, reached only by who uses that many: 256 probes per second of 108 octets are 221 kbit/s
  *  each way. */
 export const WATCH_MAX = 256;
@@ -121,8 +129,8 @@ export interface PeerView {
 interface State {
   peer: Peer;
   status: Status;
-  /** RTTs of the last answers, newest last. */
-  recent: number[];
+  /** RTTs of the last answers, newest last; none is older than RTT_FRESH_MS. */
+  recent: { readonly ms: number; readonly at: number }[];
   /** The lowest of them: how far it is. What lies above is queues, and hosts that are busy with something else. */
   baseMs: number | undefined;
   /** Smoothed RTT and its mean deviation (RFC 6298 §2): how long to wait for it. */
@@ -139,8 +147,11 @@ interface State {
   liveAsOf: number;
   /** Send times of the probes since the last answer, oldest first. */
   unanswered: number[];
+  askedAt: number;
   nextAt: number;
   watched: boolean;
+  /** Left an explore unanswered: watched until it answers or is suspect. */
+  doubted: boolean;
   usedAt: number;
   /** Recovery: answers in a row since the first, and when that was. */
   answers: number;
@@ -177,13 +188,19 @@ export class Prober {
   readonly #peers = new Map<string, State>();
   /** Those that are watched or owe an answer: what the clock is about. */
   readonly #active = new Set<State>();
+  /** Those used within USE_MS, and some that were. */
+  readonly #used = new Set<State>();
   #names: string[] = [];
   #followed: ReadonlyMap<string, readonly string[]> = new Map();
+  /** All nodes of #followed. */
+  #followedNodes: ReadonlySet<string> = new Set();
   readonly #pending = new Map<number, { readonly node: string; readonly at: number }>();
   readonly #outputs: ProbeOutput[] = [];
   #exploreAt: number;
   #explored = 0;
   #armed: number | undefined;
+  /** The latest time told. */
+  #now: number;
   #replan = true;
 
   /** `nonce` gives unpredictable unsigned 32-bit integers: who never saw a probe cannot answer it. */
@@ -191,6 +208,7 @@ export class Prober {
     this.#rng = options.rng;
     this.#nonce = options.nonce;
     this.#own = new OwnCoordinate(options.rng, options.coordinate);
+    this.#now = options.nowMs;
     this.#exploreAt = options.nowMs + options.rng.unit() * EXPLORE_FIRST_MS;
   }
 
@@ -206,16 +224,14 @@ export class Prober {
       const old = this.#peers.get(peer.node);
       if (old !== undefined && old.peer.subnet === peer.subnet) {
         old.peer = peer;
-        if (old.coordinateAt === Number.NEGATIVE_INFINITY && peer.coordinate !== undefined)
-          old.coordinate = peer.coordinate;
         continue;
       }
-      if (old !== undefined) this.#active.delete(old);
+      if (old !== undefined) this.#drop(old);
       this.#peers.set(peer.node, newState(peer, nowMs));
     }
     for (const [node, state] of this.#peers)
       if (!present.has(node)) {
-        this.#active.delete(state);
+        this.#drop(state);
         this.#peers.delete(node);
         this.#own.forget(node);
       }
@@ -230,18 +246,21 @@ export class Prober {
   /** Per followed service the nodes of its instances, this node left out. */
   setFollowed(followed: ReadonlyMap<string, readonly string[]>): void {
     this.#followed = followed;
+    this.#followedNodes = new Set([...followed.values()].flat());
     this.#replan = true;
   }
 
-  /** A new flow has been sent to this node. */
+  /** Somebody depends on this node: a new flow went there, flows live there, or an instance there may come back. */
   handleUse(node: string, nowMs: number): void {
     const state = this.#peers.get(node);
     if (state === undefined) return;
     state.usedAt = nowMs;
+    this.#used.add(state);
     if (!state.watched) this.#replan = true;
   }
 
   handleAnswer(answer: ProbeAnswer, nowMs: number): void {
+    this.#now = nowMs;
     const probe = this.#pending.get(answer.nonce);
     const state = probe === undefined ? undefined : this.#peers.get(probe.node);
     if (probe === undefined || state === undefined) {
@@ -262,6 +281,7 @@ export class Prober {
       state.load = answer.load;
       state.loadAt = nowMs;
     }
+    state.doubted = false;
     state.unanswered = state.unanswered.filter((at) => at > probe.at);
     if (!state.watched && state.unanswered.length === 0) this.#active.delete(state);
     this.#recover(state, nowMs);
@@ -273,10 +293,12 @@ export class Prober {
 
   /** Call at the deadline, or any time. */
   handleTimeout(nowMs: number): void {
+    this.#now = nowMs;
     const late = this.#armed === undefined ? 0 : nowMs - this.#armed;
     if (late > STALL_MS) {
       this.counters.stalls++;
-      for (const state of this.#active) state.unanswered = state.unanswered.map((at) => at + late);
+      for (const state of this.#active)
+        state.unanswered = state.unanswered.map((at) => Math.min(nowMs, at + late));
     }
     if (this.#replan) this.#plan(nowMs);
     this.#forgetPending(nowMs);
@@ -309,16 +331,16 @@ export class Prober {
     if (this.#replan) {
       at = Number.NEGATIVE_INFINITY;
       why = 'plan';
-    } else this.#armed = at;
+    } else this.#armed = Math.max(at, this.#now);
     return { at, why };
   }
 
   view(node: string, nowMs: number): PeerView | undefined {
     const state = this.#peers.get(node);
     if (state === undefined) return undefined;
-    const confirmed = state.baseMs !== undefined && nowMs - state.measuredAt < RTT_FRESH_MS;
-    const rttMs = confirmed ? state.baseMs : this.#estimate(state);
-    const load = nowMs - state.loadAt < LOAD_FRESH_MS ? state.load : (state.peer.load ?? state.load);
+    const confirmed = this.#isMeasured(state, nowMs);
+    const rttMs = this.#rtt(state, nowMs);
+    const load = this.#load(state, nowMs);
     return {
       status: state.status,
       confirmed,
@@ -343,15 +365,32 @@ export class Prober {
     return [...this.#active].filter((state) => state.watched).map((state) => state.peer.node);
   }
 
-  #estimate(state: State): number | undefined {
-    return state.coordinate === undefined ? undefined : distanceMs(this.#own.position, state.coordinate);
+  #isMeasured(state: State, nowMs: number): boolean {
+    return state.baseMs !== undefined && nowMs - state.measuredAt < RTT_FRESH_MS;
+  }
+
+  /** As measured, or as coordinates estimate it: its own word, or what it published when that word is old. */
+  #rtt(state: State, nowMs: number): number | undefined {
+    if (this.#isMeasured(state, nowMs)) return state.baseMs;
+    const { coordinate } = nowMs - state.measuredAt < RTT_FRESH_MS ? state : state.peer;
+    const known = coordinate ?? state.coordinate;
+    return known === undefined ? undefined : distanceMs(this.#own.position, known);
+  }
+
+  #load(state: State, nowMs: number): number | undefined {
+    return nowMs - state.loadAt < LOAD_FRESH_MS ? state.load : (state.peer.load ?? state.load);
   }
 
   #measure(state: State, answer: ProbeAnswer, nowMs: number): void {
     const sample = answer.rttMs;
-    state.recent.push(sample);
-    if (state.recent.length > RECENT) state.recent.shift();
-    state.baseMs = Math.min(...state.recent);
+    state.recent = state.recent.filter(({ at }) => nowMs - at < RTT_FRESH_MS).slice(1 - RECENT);
+    state.recent.push({ ms: sample, at: nowMs });
+    state.baseMs = lowest(state.recent);
+    const latest = state.recent.slice(-RISE_ANSWERS);
+    if (latest.length === RISE_ANSWERS && lowest(latest) > state.baseMs * RISE + RISE_MS) {
+      state.recent = latest;
+      state.baseMs = lowest(latest);
+    }
     if (state.rttMs === undefined) {
       state.rttMs = sample;
       state.deviationMs = sample / 2;
@@ -363,7 +402,8 @@ export class Prober {
     state.measuredAt = nowMs;
     if (answer.coordinate === undefined) return;
     state.coordinate = answer.coordinate;
-    if (nowMs - state.coordinateAt < (state.watched ? COORDINATE_SAMPLE_MS : 0)) return;
+    const often = state.watched || this.#followedNodes.has(state.peer.node);
+    if (often && nowMs - state.coordinateAt < COORDINATE_SAMPLE_MS) return;
     state.coordinateAt = nowMs;
     this.#own.update(state.peer.node, answer.coordinate, sample);
   }
@@ -396,11 +436,14 @@ export class Prober {
 
   #judgedAt(state: State): number {
     const first = state.unanswered[0];
-    if (first === undefined || state.status === 'dead') return Number.POSITIVE_INFINITY;
-    if (state.status === 'suspect') return first + DEAD_MS;
-    return state.unanswered.length >= SUSPECT_PROBES
-      ? first + this.#patience(state)
-      : Number.POSITIVE_INFINITY;
+    if (first === undefined) return Number.POSITIVE_INFINITY;
+    if (!state.watched) return first + this.#patience(state);
+    if (state.status === 'dead') return Number.POSITIVE_INFINITY;
+    // Silent for so long as a suspect too: what was lost long before it proves nothing.
+    if (state.status === 'suspect') return Math.max(first, state.statusSince - SUSPECT_MS) + DEAD_MS;
+    const last = state.unanswered[SUSPECT_PROBES - 1];
+    if (last === undefined) return Number.POSITIVE_INFINITY;
+    return Math.max(first + this.#patience(state), last + this.#retry(state));
   }
 
   #judge(state: State, nowMs: number): void {
@@ -408,6 +451,13 @@ export class Prober {
     if (first === undefined) return;
     if (state.status !== 'alive' && nowMs - first > this.#retry(state)) state.answers = 0;
     if (this.#judgedAt(state) > nowMs) return;
+    if (!state.watched) {
+      // One that is only explored is asked too rarely to be judged.
+      this.#relax(state);
+      state.doubted = this.#followedNodes.has(state.peer.node);
+      if (state.doubted) this.#replan = true;
+      return;
+    }
     const silent = Math.round(nowMs - first);
     if (state.status === 'suspect') {
       this.#become(state, 'dead', `no answer for ${silent} ms`, nowMs);
@@ -416,6 +466,7 @@ export class Prober {
     this.counters.suspected++;
     state.relapses++;
     state.answers = 0;
+    state.doubted = false;
     this.#become(
       state,
       'suspect',
@@ -442,10 +493,11 @@ export class Prober {
     let nonce = this.#nonce();
     while (this.#pending.has(nonce)) nonce = this.#nonce();
     this.#pending.set(nonce, { node: state.peer.node, at: nowMs });
+    state.askedAt = nowMs;
     state.unanswered.push(nowMs);
     this.#active.add(state);
     if (state.unanswered.length > 64) state.unanswered.splice(1, 1);
-    const lost = state.status === 'suspect' || state.status === 'dead';
+    const lost = isLost(state);
     const rarely = lost && state.answers === 0 && nowMs - state.statusSince > LOST_AFTER_MS;
     const wait = rarely ? LOST_INTERVAL_MS : lost ? WATCH_INTERVAL_MS : this.#retry(state);
     state.nextAt = nowMs + (lost ? this.#rng.jitter(wait, JITTER) : wait);
@@ -454,14 +506,13 @@ export class Prober {
     this.#outputs.push({ kind: 'send', node, nodeIp, ewp, nonce });
   }
 
-  /** Half of the time somebody of a followed service who was never measured, else anybody. */
   #explore(nowMs: number): void {
     const interval = this.#explored < EXPLORE_FIRST_COUNT ? EXPLORE_FIRST_MS : EXPLORE_INTERVAL_MS;
     this.#replan = true;
     this.#exploreAt = nowMs + this.#rng.jitter(interval, JITTER);
     if (this.#names.length === 0) return;
     this.#explored++;
-    const state = (this.#explored & 1) === 1 ? (this.#unmeasured(nowMs) ?? this.#anybody()) : this.#anybody();
+    const state = (this.#explored & 1) === 1 ? (this.#unwatched() ?? this.#anybody()) : this.#anybody();
     if (state === undefined || (state.watched && state.unanswered.length > 0)) return;
     this.#send(state, nowMs);
   }
@@ -470,72 +521,77 @@ export class Prober {
     return this.#peers.get(this.#names[this.#rng.below(this.#names.length)]!);
   }
 
-  #unmeasured(nowMs: number): State | undefined {
-    const stale: State[] = [];
-    for (const nodes of this.#followed.values())
-      for (const node of nodes) {
-        const state = this.#peers.get(node);
-        if (state !== undefined && !state.watched && nowMs - state.measuredAt > RTT_FRESH_MS / 2)
-          stale.push(state);
-      }
-    return stale.length === 0 ? undefined : stale[this.#rng.below(stale.length)];
+  /** Of followed services who is not watched and was asked longest ago. */
+  #unwatched(): State | undefined {
+    let longest: State | undefined;
+    for (const node of this.#followedNodes) {
+      const state = this.#peers.get(node);
+      if (state === undefined || state.watched) continue;
+      if (longest === undefined || state.askedAt < longest.askedAt) longest = state;
+    }
+    return longest;
   }
 
-  /** Decides who is watched. Who owes an answer comes first, then who is in use, then the best of each service, as
-   *  far as WATCH_MAX reaches. */
+  /** Decides who is watched, as far as WATCH_MAX reaches: half of it is for the best of each service, then come those
+   *  that owe an answer and those in use, then the lost and the rest of the small services. */
   #plan(nowMs: number): void {
     this.#replan = false;
-    const wanted = new Set<string>();
-    const followed = new Set<string>();
-    for (const nodes of this.#followed.values()) for (const node of nodes) followed.add(node);
-    for (const node of followed) {
-      const state = this.#peers.get(node);
-      if (state?.watched && state.unanswered.length > 0) wanted.add(node);
-    }
-    for (const node of followed) {
-      const state = this.#peers.get(node);
-      if (state !== undefined && nowMs - state.usedAt < USE_MS) wanted.add(node);
-    }
+    const best = new Set<State>();
+    const lost = new Set<State>();
+    const few = new Set<State>();
     for (const nodes of this.#followed.values()) {
-      const ranked = nodes
-        .map((node) => ({ node, state: this.#peers.get(node) }))
-        .filter((x): x is { node: string; state: State } => x.state !== undefined)
-        .map(({ node, state }) => {
-          const rtt = state.baseMs ?? this.#estimate(state) ?? Number.POSITIVE_INFINITY;
-          const lost = state.status === 'suspect' || state.status === 'dead';
-          const load = state.load ?? state.peer.load;
-          const candidate = {
-            instance: 0,
-            local: false,
-            health: 'up',
-            rttMs: rtt,
-            confirmed: true,
-            ...(load === undefined ? {} : { load }),
-          } as const;
-          return { node, lost, rtt, cost: costMs(candidate) };
-        });
-      const standing = ranked.filter((r) => !r.lost);
-      for (const r of standing.sort((a, b) => a.rtt - b.rtt).slice(0, BEST)) wanted.add(r.node);
-      for (const r of standing.sort((a, b) => a.cost - b.cost).slice(0, BEST)) wanted.add(r.node);
-      for (const r of ranked) if (r.lost) wanted.add(r.node);
+      const ranked: { readonly state: State; readonly rtt: number; readonly cost: number }[] = [];
+      for (const node of nodes) {
+        const state = this.#peers.get(node);
+        if (state === undefined) continue;
+        if (nodes.length <= FEW) few.add(state);
+        if (isLost(state)) lost.add(state);
+        else {
+          const rttMs = this.#rtt(state, nowMs) ?? Number.POSITIVE_INFINITY;
+          const load = this.#load(state, nowMs);
+          const cost = costMs({ local: false, rttMs, ...(load === undefined ? {} : { load }) });
+          ranked.push({ state, rtt: rttMs, cost });
+        }
+      }
+      for (const r of ranked.sort((a, b) => a.rtt - b.rtt).slice(0, BEST)) best.add(r.state);
+      for (const r of ranked.sort((a, b) => a.cost - b.cost).slice(0, BEST)) best.add(r.state);
     }
-    const kept = new Set([...wanted].slice(0, WATCH_MAX));
-    for (const node of kept) {
-      const state = this.#peers.get(node)!;
+    const owing: State[] = [];
+    for (const state of this.#active)
+      if (state.watched && state.unanswered.length > 0 && !isLost(state)) owing.push(state);
+    for (const node of this.#followedNodes) {
+      const state = this.#peers.get(node);
+      if (state?.doubted) owing.push(state);
+    }
+    for (const state of this.#used) if (nowMs - state.usedAt >= USE_MS) this.#used.delete(state);
+    const wanted = [
+      ...[...best].slice(0, WATCH_MAX / 2),
+      ...[owing, this.#used, best, lost, few].flatMap((states) => [...states]),
+    ];
+    const kept = new Set<State>();
+    for (const state of wanted) if (kept.size < WATCH_MAX) kept.add(state);
+    for (const state of kept)
       if (!state.watched) {
         state.watched = true;
+        state.unanswered = [];
         this.#active.add(state);
         // Spread the first probes a little: many agents learn of the same change at the same moment.
         state.nextAt = nowMs + this.#rng.unit() * 50;
       }
-    }
-    for (const state of this.#active)
-      if (state.watched && !kept.has(state.peer.node)) {
-        state.watched = false;
-        state.unanswered = [];
-        state.nextAt = Number.POSITIVE_INFINITY;
-        this.#active.delete(state);
-      }
+    for (const state of this.#active) if (state.watched && !kept.has(state)) this.#relax(state);
+  }
+
+  /** Nothing is expected of it any more. */
+  #relax(state: State): void {
+    state.watched = false;
+    state.unanswered = [];
+    state.nextAt = Number.POSITIVE_INFINITY;
+    this.#active.delete(state);
+  }
+
+  #drop(state: State): void {
+    this.#relax(state);
+    this.#used.delete(state);
   }
 
   #forgetPending(nowMs: number): void {
@@ -544,6 +600,14 @@ export class Prober {
       this.#pending.delete(nonce);
     }
   }
+}
+
+function lowest(samples: readonly { readonly ms: number }[]): number {
+  return samples.reduce((least, { ms }) => Math.min(least, ms), Number.POSITIVE_INFINITY);
+}
+
+function isLost(state: State): boolean {
+  return state.status === 'suspect' || state.status === 'dead';
 }
 
 function newState(peer: Peer, nowMs: number): State {
@@ -563,8 +627,10 @@ function newState(peer: Peer, nowMs: number): State {
     liveHigh: 0,
     liveAsOf: Number.NEGATIVE_INFINITY,
     unanswered: [],
+    askedAt: Number.NEGATIVE_INFINITY,
     nextAt: Number.POSITIVE_INFINITY,
     watched: false,
+    doubted: false,
     usedAt: Number.NEGATIVE_INFINITY,
     answers: 0,
     answersSince: nowMs,

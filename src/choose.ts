@@ -72,7 +72,7 @@ function loadOf(slow: number): number {
 }
 
 /** Expected time of one request, ms: one round trip and the work. What `fastest` minimises. */
-export function costMs(candidate: Candidate): number {
+export function costMs(candidate: Pick<Candidate, 'local' | 'rttMs' | 'load'>): number {
   const rtt = candidate.local ? 0 : (candidate.rttMs ?? Number.POSITIVE_INFINITY);
   return rtt + SERVICE_TIME_MS * slowdown(Math.min(candidate.load ?? LOAD_UNKNOWN, LOAD_WORST));
 }
