@@ -53,8 +53,9 @@ const OVERLOAD_CUT = 2;
 /** An instance that was overloaded gets flows back by this factor a round, not at once. */
 const RETURN_FACTOR = 1.3;
 const RETURN_MS = 30_000;
-/** Shares below this are nothing: a far instance gets no stray flows. */
+/** Shares below this are nothing: a far instance gets no stray flows. Of many instances a tenth of an even share is. */
 const SHARE_MIN = 0.01;
+const EVEN_SHARE_MIN = 0.1;
 
 /**
  * How much longer a request takes on a node of this load than on an idle one. Load is demand per core: below 1 the
@@ -180,6 +181,7 @@ export class Weigher {
     const old = before.map((share) => (held > 0 ? share / held : 0));
     const target = equalise(pool, old);
     const step = held > 0 && same ? STEP : 1;
+    const least = Math.min(SHARE_MIN, EVEN_SHARE_MIN / pool.length);
     for (const instance of [...this.#overloadedAt.keys()])
       if (!pool.some((c) => c.instance === instance)) this.#overloadedAt.delete(instance);
     const next = pool.map((c, i) => {
@@ -189,14 +191,14 @@ export class Weigher {
         this.#overloadedAt.set(c.instance, nowMs);
         share = Math.min(target[i]!, old[i]!) / Math.min(load, OVERLOAD_CUT);
       } else if (nowMs - (this.#overloadedAt.get(c.instance) ?? Number.NEGATIVE_INFINITY) < RETURN_MS)
-        share = Math.min(share, old[i]! * RETURN_FACTOR + SHARE_MIN);
+        share = Math.min(share, old[i]! * RETURN_FACTOR + least);
       return share;
     });
     const sum = next.reduce((a, b) => a + b, 0);
     this.#fast.clear();
     for (const [i, c] of pool.entries()) {
       const share = sum > 0 ? next[i]! / sum : 1 / pool.length;
-      this.#fast.set(c.instance, share < SHARE_MIN ? 0 : share);
+      this.#fast.set(c.instance, share < least ? 0 : share);
     }
     this.#fastAt = nowMs;
     return this.#fast;
@@ -306,15 +308,17 @@ export function shares(weights: readonly number[]): number[] {
   return weights.map((w) => (sum > 0 ? w / sum : 0));
 }
 
-/** True when two sets of weights would be chosen by alike: same instances, shares within `tolerance`. */
+/** True when two sets of weights would be chosen by alike: same instances, shares within `tolerance` and within a fifth
+ *  of an even share. */
 export function alike(a: Weights, b: Weights, tolerance: number): boolean {
   if (a.instances.length !== b.instances.length || a.instances.some((n, i) => n !== b.instances[i]))
     return false;
+  const limit = Math.min(tolerance, 1 / (5 * a.instances.length));
   return POLICIES.every((policy) => {
     const before = shares(a.weights[policy]);
     return shares(b.weights[policy]).every((share, i) => {
       const old = before[i]!;
-      return share > 0 === old > 0 && Math.abs(share - old) <= tolerance;
+      return share > 0 === old > 0 && Math.abs(share - old) <= limit;
     });
   });
 }
