@@ -94,6 +94,8 @@ export class Steering {
   #started = false;
   #stopped = false;
   #peersStale = true;
+  /** Other nodes by the first address of their subnet. */
+  #nodeOf: ReadonlyMap<Ipv4, string> = new Map();
   #followedStale = true;
   /** Choices that the loop made faster than it reports them one by one. */
   #unlisted = 0;
@@ -187,6 +189,11 @@ export class Steering {
     } else if (report.kind === 'chosen') {
       for (const choice of report.choices) this.#record(choice, nowMs);
       this.#unlisted += report.more;
+    } else if (report.kind === 'flowPeers') {
+      for (const subnet of report.subnets) {
+        const host = this.#nodeOf.get(subnet);
+        if (host !== undefined) this.#prober.handleUse(host, nowMs);
+      }
     } else return;
     this.#turn();
   }
@@ -325,6 +332,7 @@ export class Steering {
     for (const { node, nodeIp, ewp, namespaceIp } of table.instances())
       if (node !== self && !peers.has(node))
         peers.set(node, { node, nodeIp, ewp, subnet: networkOf(namespaceIp, subnetBits) });
+    this.#nodeOf = new Map([...peers.values()].map(({ subnet, node }) => [subnet, node]));
     this.#prober.setPeers([...peers.values()], nowMs);
   }
 

@@ -99,8 +99,11 @@ export const STRAGGLERS_MAX = 4_096;
 export const STRAGGLER_MS = 10_000;
 /** A flow's place in the eviction order is renewed at most this often: recency to half a second is enough. */
 export const FLOW_TOUCH_MS = 500;
-/** Flows looked at for expiry per tick; 65,536 are seen within 16 s. */
+/** Flows looked at for expiry per tick of 250 ms; 65,536 are seen within 4 s. */
 export const FLOW_SWEEP = 4_096;
+/** How often the packet loop says which nodes its flows lead to: every flow is seen twice meanwhile, and a node is
+ *  watched for three times as long (edge/probe.ts). */
+export const FLOW_PEERS_MS = 10_000;
 
 /** How long a peer's address seen in an authentic packet stands; three keep-alives. */
 export const PEER_LEARNED_MS = 75_000;

@@ -37,8 +37,9 @@ import {
   VNET_GSO_TCPV4,
   VNET_GSO_UDP_L4,
 } from 'node-tun';
-import { formatIpv4, ipv4 } from '../../src/addr.ts';
+import { formatIpv4, type Ipv4, ipv4 } from '../../src/addr.ts';
 import {
+  FLOW_PEERS_MS,
   FLOW_SWEEP,
   PROBE_STATUS_BYTES,
   SEGMENTS_MAX,
@@ -135,6 +136,7 @@ class Loop {
   #now = 0;
   #tickedMs = 0;
   #reportedMs = 0;
+  #flowPeersMs = 0;
   #status: Uint8Array<ArrayBufferLike> = new Uint8Array(0);
   /** When each probe left, by token. */
   readonly #probes = new Map<number, { readonly sentMs: number; readonly nodeIp: number }>();
@@ -730,6 +732,13 @@ class Loop {
       this.#reportedMs = now;
       this.report({ kind: 'chosen', choices: proxy.choices.splice(0), more: proxy.choicesMore });
       proxy.choicesMore = 0;
+    }
+    if (now - this.#flowPeersMs >= FLOW_PEERS_MS) {
+      this.#flowPeersMs = now;
+      const subnets: Ipv4[] = [];
+      for (const { flowMs, subnet } of proxy.routes.peers.values())
+        if (now - flowMs < FLOW_PEERS_MS) subnets.push(ipv4(subnet));
+      if (subnets.length > 0) this.report({ kind: 'flowPeers', subnets });
     }
     for (const peer of proxy.routes.peers.values()) {
       if (!peer.greet(now)) continue;

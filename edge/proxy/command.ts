@@ -83,6 +83,9 @@ export type ProxyReport =
     }
   /** Choices since the last report, at most four reports a second; `more` counts those that did not fit. */
   | { readonly kind: 'chosen'; readonly choices: readonly Choice[]; readonly more: number }
+  /** Other nodes, by the first address of their subnet, to which flows lead that have not ended; every
+   *  FLOW_PEERS_MS, as long as there are any. */
+  | { readonly kind: 'flowPeers'; readonly subnets: readonly Ipv4[] }
   /** Something an operator should know once: an offload that this kernel refuses, a setting that did not take. */
   | { readonly kind: 'notice'; readonly text: string };
 

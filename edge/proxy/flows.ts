@@ -280,14 +280,19 @@ export class FlowTable {
     this.#recent.get(flow.slot);
   }
 
-  /** Removes stale flows among the next `count` slots; returns how many went. */
+  /** Removes stale flows among the next `count` slots, and marks the peers of the others; returns how many went. */
   sweep(count: number, now: number): number {
     const total = this.#slots.length;
     let removed = 0;
     for (let i = Math.min(count, total); i > 0; i--) {
       if (this.#swept >= total) this.#swept = 0;
       const flow = this.#slots[this.#swept++];
-      if (flow === undefined || !isStale(flow, now)) continue;
+      if (flow === undefined) continue;
+      if (!isStale(flow, now)) {
+        const { peer } = flow.instance;
+        if (peer !== undefined && flow.state < FLOW_STATE.closed) peer.flowMs = now;
+        continue;
+      }
       this.remove(flow);
       removed++;
     }

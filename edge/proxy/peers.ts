@@ -24,6 +24,8 @@ export class Peer {
   /** Largest inner packet that reaches it, bytes. */
   mtu: number;
   mtuMs = 0;
+  /** When the sweep last found a flow to it that has not ended. */
+  flowMs = Number.NEGATIVE_INFINITY;
   /** Routes that name it. */
   routes = 0;
   /** Run of a batch that still takes packets for it, -1 for none; belongs to the sender of the packet loop. */

@@ -1,11 +1,13 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
+import { WARM_MS } from '../../edge/balance.ts';
 import type { Home } from '../../edge/ports.ts';
 import type { ProxyCommand } from '../../edge/proxy/command.ts';
 import { RouteTable } from '../../edge/routes/table.ts';
 import { type Position, PUBLISH_MS, Steering } from '../../edge/steering.ts';
 import { ipv4 } from '../../src/addr.ts';
 import { ORIGIN } from '../../src/coordinate.ts';
+import { FLOW_PEERS_MS } from '../../src/limits.ts';
 import { SILENT } from '../../src/log.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { Rng } from '../../src/rng.ts';
@@ -163,6 +165,22 @@ test('Steering: a service that is used is probed, weighed by RTT, and a silent n
   bench.silent.clear();
   await bench.run(23_000);
   assert.equal(bench.last('weights')?.weights.closest, [0, 1]);
+});
+
+test('Steering: a node that old flows lead to is watched and found dead, however long ago the last new flow was', async () => {
+  const bench = new Bench();
+  for (let i = 1; i <= 12; i++) bench.rtt.set(i, 10 * i);
+  bench.place(CART, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+  bench.use(12);
+  const live = async (until: number): Promise<void> => {
+    for (; bench.now < until; await bench.run(bench.now + FLOW_PEERS_MS))
+      bench.steering.report({ kind: 'flowPeers', subnets: [subnet(12), subnet(99)] });
+  };
+  await live(WARM_MS + 60_000);
+  assert.equal(bench.steering.watched(), ['n12']);
+  bench.silent.add(12);
+  await live(bench.now + 20_000);
+  assert.equal(bench.last('nodeDead'), { kind: 'nodeDead', nodeIp: nodeIp(12), ewp: 4790 });
 });
 
 test('Steering: choices are kept with their reason and counted', async () => {
