@@ -235,6 +235,7 @@ export class Agent implements NodeControl {
     }
     // An undeploy may have come in between: it is not brought back.
     this.#resuming = waiting.filter((hosted) => this.#resuming.includes(hosted));
+    this.#registered?.steering.resumed();
     await this.#alone(() => this.#writeState());
     this.#leaveSoon(0);
     if (this.#resuming.length > 0 && !this.#stopping)
@@ -639,7 +640,7 @@ export class Agent implements NodeControl {
       };
       this.#registered = node;
       this.#tellLoop(node);
-      steering.start();
+      steering.start(this.#resuming.length > 0);
       northSouth.update();
       this.#watchClaim(node);
       this.#log.info({ node: config.node, subnet: formatCidr(claim.subnet) }, 'registered');

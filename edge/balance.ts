@@ -27,11 +27,10 @@ export interface Member {
   readonly namespaceIp: Ipv4;
 }
 
-export type BalanceOutput = {
-  readonly kind: 'weights';
-  readonly service: ServiceId;
-  readonly weights: Weights;
-};
+export type BalanceOutput =
+  | { readonly kind: 'weights'; readonly service: ServiceId; readonly weights: Weights }
+  /** Its node, another one, says since now that this instance is dead or unhealthy. */
+  | { readonly kind: 'down'; readonly service: ServiceId; readonly instance: number };
 
 /** One candidate as `explain` shows it. */
 export interface Explained {
@@ -58,6 +57,8 @@ export interface Explanation {
 interface Entry {
   members: readonly Member[];
   readonly knownSince: Map<number, number>;
+  /** Instances elsewhere that are down. */
+  readonly down: Set<number>;
   readonly weigher: Weigher;
   warmUntil: number;
   sent: Weights | undefined;
@@ -92,6 +93,7 @@ export class Balancer {
       entry = {
         members,
         knownSince: new Map(),
+        down: new Set(),
         weigher: new Weigher(),
         warmUntil: Number.NEGATIVE_INFINITY,
         sent: undefined,
@@ -101,7 +103,10 @@ export class Balancer {
     }
     const before = new Map(entry.members.map((m) => [m.instance, m]));
     for (const instance of entry.knownSince.keys())
-      if (!members.some((m) => m.instance === instance)) entry.knownSince.delete(instance);
+      if (!members.some((m) => m.instance === instance)) {
+        entry.knownSince.delete(instance);
+        entry.down.delete(instance);
+      }
     for (const m of members) {
       const old = before.get(m.instance);
       const moved = old === undefined || old.node !== m.node || old.namespaceIp !== m.namespaceIp;
@@ -203,11 +208,26 @@ export class Balancer {
 
   #reweigh(service: ServiceId, entry: Entry, nowMs: number): void {
     const candidates = entry.members.map((member) => this.#candidate(entry, member, nowMs).candidate);
+    const fallen: number[] = [];
+    for (const [i, { node, instance, local }] of entry.members.entries()) {
+      if (candidates[i]!.health !== 'down' || local) {
+        entry.down.delete(instance);
+        continue;
+      }
+      // Its node is asked until it calls the instance well again.
+      if (entry.warmUntil > nowMs) this.#prober.handleUse(node, nowMs);
+      if (entry.down.has(instance)) continue;
+      entry.down.add(instance);
+      fallen.push(instance);
+    }
     const weights = entry.weigher.weigh(candidates, nowMs);
     entry.last = weights;
-    if (entry.sent !== undefined && alike(entry.sent, weights, TOLERANCE)) return;
-    entry.sent = weights;
-    this.#outputs.push({ kind: 'weights', service, weights });
+    if (entry.sent === undefined || !alike(entry.sent, weights, TOLERANCE)) {
+      entry.sent = weights;
+      this.#outputs.push({ kind: 'weights', service, weights });
+    }
+    // Behind the weights: what is let go of is then chosen by them.
+    for (const instance of fallen) this.#outputs.push({ kind: 'down', service, instance });
   }
 
   #candidate(entry: Entry, member: Member, nowMs: number): { candidate: Candidate; reason: string } {

@@ -31,6 +31,9 @@ const SLOWER = 2;
 const LOAD_STEP = 0.2;
 /** How often status bytes and load are refreshed. */
 const STATUS_MS = 500;
+/** An agent that attaches again what the last run hosted says nothing about itself for so long at most: peers take
+ *  silence for suspicion, but an instance that is not attached yet for a dead one. Below DEAD_MS of probe.ts. */
+export const QUIET_MS = 8_000;
 /** How often services that went cold are let go. */
 const FOLLOWED_MS = 10_000;
 /** Choices kept for `explain`. */
@@ -102,6 +105,7 @@ export class Steering {
   #followedAt = Number.NEGATIVE_INFINITY;
   #statusAt = Number.NEGATIVE_INFINITY;
   #statusSent = '';
+  #quietUntil = Number.NEGATIVE_INFINITY;
   #published: { readonly position: Position; readonly at: number } | undefined;
 
   constructor(parts: SteeringParts) {
@@ -123,9 +127,11 @@ export class Steering {
     });
   }
 
-  /** Begins with what the table holds; the packet loop has it already. */
-  start(): void {
+  /** Begins with what the table holds; the packet loop has it already. `resuming`: instances of the last run are still
+   *  to be admitted, `resumed` follows. */
+  start(resuming = false): void {
     this.#started = true;
+    if (resuming) this.#quietUntil = this.#parts.clock.monotonicMs() + QUIET_MS;
     for (const service of this.#parts.table.services()) this.#dirty.add(service.id);
     this.#turn();
   }
@@ -135,6 +141,13 @@ export class Steering {
     this.#statusSent = '';
     this.#statusAt = Number.NEGATIVE_INFINITY;
     this.#balancer.resend(this.#parts.clock.monotonicMs());
+    this.#turn();
+  }
+
+  resumed(): void {
+    if (this.#quietUntil === Number.NEGATIVE_INFINITY) return;
+    this.#quietUntil = Number.NEGATIVE_INFINITY;
+    this.#statusAt = Number.NEGATIVE_INFINITY;
     this.#turn();
   }
 
@@ -368,25 +381,39 @@ export class Steering {
   #drain(nowMs: number): void {
     for (let output = this.#health.poll(); output !== undefined; output = this.#health.poll())
       this.#carryOutHealth(output, nowMs);
-    for (let output = this.#prober.poll(); output !== undefined; output = this.#prober.poll())
+    const ended: ProxyCommand[] = [];
+    let changed = false;
+    for (let output = this.#prober.poll(); output !== undefined; output = this.#prober.poll()) {
+      const { nodeIp, ewp } = output;
       if (output.kind === 'send') {
-        const { nonce: token, nodeIp, ewp } = output;
-        this.#parts.send({ kind: 'probe', token, nodeIp, ewp });
-      } else this.#statusChanged(output, nowMs);
-    for (let output = this.#balancer.poll(); output !== undefined; output = this.#balancer.poll()) {
-      const { instances, weights } = output.weights;
-      this.#parts.send({ kind: 'weights', service: output.service, instances, weights });
+        this.#parts.send({ kind: 'probe', token: output.nonce, nodeIp, ewp });
+        continue;
+      }
+      changed = true;
+      this.#logStatus(output);
+      if (output.to === 'suspect') ended.push({ kind: 'nodeSuspect', nodeIp, ewp });
+      if (output.to === 'dead') ended.push({ kind: 'nodeDead', nodeIp, ewp });
     }
+    if (changed) this.#balancer.reweigh(nowMs);
+    for (let output = this.#balancer.poll(); output !== undefined; output = this.#balancer.poll()) {
+      const { send, table } = this.#parts;
+      const { service } = output;
+      if (output.kind === 'weights') {
+        const { instances, weights } = output.weights;
+        send({ kind: 'weights', service, instances, weights });
+      } else if (table.service(service)?.descriptor.health === undefined)
+        // Without a health check there is nothing else that it can be but dead.
+        send({ kind: 'instanceDead', service, instance: output.instance });
+    }
+    // Behind the weights: what is let go of is then chosen by them.
+    for (const command of ended) this.#parts.send(command);
   }
 
-  #statusChanged(change: Extract<ProbeOutput, { kind: 'status' }>, nowMs: number): void {
-    const { log, send } = this.#parts;
-    const { node, nodeIp, ewp, from, to } = change;
-    const fields = { peer: node, reason: change.why };
+  #logStatus({ node, from, to, why }: Extract<ProbeOutput, { kind: 'status' }>): void {
+    const { log } = this.#parts;
+    const fields = { peer: node, reason: why };
     if (to === 'suspect' || to === 'dead') log.info(fields, `node is ${to}`);
     else log.debug(fields, from === 'unknown' ? 'node answers' : 'node answers again');
-    this.#balancer.reweigh(nowMs);
-    if (to === 'dead') send({ kind: 'nodeDead', nodeIp, ewp });
   }
 
   #carryOutHealth(output: NonNullable<ReturnType<HealthMonitor['poll']>>, nowMs: number): void {
@@ -412,7 +439,8 @@ export class Steering {
 
   /** The bytes of our answers to probes, when they changed. */
   #sendStatus(): void {
-    const { vitals, subnet, send } = this.#parts;
+    const { vitals, subnet, send, clock } = this.#parts;
+    if (clock.monotonicMs() < this.#quietUntil) return;
     let liveLow = 0;
     let liveHigh = 0;
     for (const ip of this.#health.up()) {

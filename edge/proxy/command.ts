@@ -18,7 +18,8 @@ export interface InstanceRoute {
 
 /** One turn-taking weight per instance and policy, 0 = not for new flows; `weights[policy][i]` belongs to
  *  `instances[i]`. The loop picks with Turns (src/choose.ts), one Turns per service and policy. An instance without a
- *  weight counts 1, so that a service is reachable before anything is known of it. */
+ *  weight counts 1 as long as no instance has one, so that a service is reachable before anything is known of it, and
+ *  a new instance is not taken for the best. */
 export interface InstanceWeights {
   readonly instances: readonly number[];
   readonly weights: Readonly<Record<Policy, readonly number[]>>;
@@ -46,8 +47,12 @@ export type ProxyCommand =
   /** Weights of instances that an earlier `service` named; flows that exist are not touched, a later `service` of the
    *  same instance numbers keeps them. */
   | ({ readonly kind: 'weights'; readonly service: ServiceId } & InstanceWeights)
+  /** Lets go of the flows to instances on that node that nobody has answered yet: their next packet is chosen anew. */
+  | { readonly kind: 'nodeSuspect'; readonly nodeIp: Ipv4; readonly ewp: number }
   /** Resets the TCP flows that this node has to instances on that one, and lets go of the others: it is dead. */
   | { readonly kind: 'nodeDead'; readonly nodeIp: Ipv4; readonly ewp: number }
+  /** The same for one instance whose node lives. */
+  | { readonly kind: 'instanceDead'; readonly service: ServiceId; readonly instance: number }
   /** Sends one probe frame through the tunnel's own socket; `probed` follows if the node's loop answers. The token is an
    *  unpredictable unsigned 32-bit integer; the frame carries it and the answer repeats it. */
   | { readonly kind: 'probe'; readonly token: number; readonly nodeIp: Ipv4; readonly ewp: number }

@@ -800,10 +800,21 @@ export class ProxyTun {
       case 'weights':
         this.routes.weigh(command.service, command);
         return;
+      case 'nodeSuspect':
       case 'nodeDead':
         this.#endFlows(
-          ({ instance: { peer } }) =>
-            peer !== undefined && peer.ip === command.nodeIp && peer.port === command.ewp,
+          ({ state, instance: { peer } }) =>
+            peer !== undefined &&
+            peer.ip === command.nodeIp &&
+            peer.port === command.ewp &&
+            (command.kind === 'nodeDead' || state === FLOW_STATE.opening),
+          now,
+        );
+        return;
+      case 'instanceDead':
+        this.#endFlows(
+          ({ instance: { service, instance } }) =>
+            service.id === command.service && instance === command.instance,
           now,
         );
         return;

@@ -26,7 +26,7 @@ export interface InstanceEntry {
 export interface ServiceEntry {
   readonly id: ServiceId;
   instances: InstanceEntry[];
-  /** As last told; an instance that it does not name counts 1. */
+  /** As last told; an instance that it does not name counts 1 as long as no instance has a weight. */
   told: InstanceWeights | undefined;
   /** Per policy, in the order of `instances`. */
   weights: Readonly<Record<Policy, Float64Array>>;
@@ -245,11 +245,14 @@ export class Routes {
 
   #weigh(service: ServiceEntry): void {
     const { told } = service;
-    const of = (policy: Policy): Float64Array =>
-      Float64Array.from(service.instances, (entry) => {
+    const of = (policy: Policy): Float64Array => {
+      const weights = service.instances.map((entry) => {
         const index = told?.instances.indexOf(entry.instance) ?? -1;
-        return index < 0 ? 1 : (told?.weights[policy][index] ?? 1);
+        return index < 0 ? undefined : told?.weights[policy][index];
       });
+      const unnamed = weights.some((weight) => weight !== undefined && weight > 0) ? 0 : 1;
+      return Float64Array.from(weights, (weight) => weight ?? unnamed);
+    };
     service.weights = { roundrobin: of('roundrobin'), closest: of('closest'), fastest: of('fastest') };
   }
 }

@@ -4,7 +4,7 @@ import { WARM_MS } from '../../edge/balance.ts';
 import type { Home } from '../../edge/ports.ts';
 import type { ProxyCommand } from '../../edge/proxy/command.ts';
 import { RouteTable } from '../../edge/routes/table.ts';
-import { type Position, PUBLISH_MS, Steering } from '../../edge/steering.ts';
+import { type Position, PUBLISH_MS, QUIET_MS, Steering } from '../../edge/steering.ts';
 import { ipv4 } from '../../src/addr.ts';
 import { ORIGIN } from '../../src/coordinate.ts';
 import { FLOW_PEERS_MS } from '../../src/limits.ts';
@@ -27,12 +27,13 @@ class Bench {
   readonly homes = new Map<string, string>();
   readonly rtt = new Map<number, number>();
   readonly silent = new Set<number>();
+  readonly liveLow = new Map<number, number>();
   readonly table = new RouteTable();
   readonly steering: Steering;
   load = 0.1;
   checkOk = true;
 
-  constructor() {
+  constructor(resuming = false) {
     const rng = new Rng(1);
     this.steering = new Steering({
       node: 'n0',
@@ -53,7 +54,7 @@ class Bench {
       publish: (position) => this.published.push({ at: this.now, position }),
       gone: (id) => this.gone.push(id),
     });
-    this.steering.start();
+    this.steering.start(resuming);
   }
 
   after(ms: number, run: () => void): () => void {
@@ -90,7 +91,7 @@ class Bench {
       const status = encodeProbeStatus({
         subnet: subnet(i),
         load: 0.2,
-        liveLow: 0xffffffff,
+        liveLow: this.liveLow.get(i) ?? 0xffffffff,
         liveHigh: 0,
         coordinate: { ...ORIGIN, vec: [rtt, 0, 0, 0, 0, 0, 0, 0], error: 0.1 },
       });
@@ -183,6 +184,28 @@ test('Steering: a node that old flows lead to is watched and found dead, however
   assert.equal(bench.last('nodeDead'), { kind: 'nodeDead', nodeIp: nodeIp(12), ewp: 4790 });
 });
 
+test('Steering: a dead instance on a live node loses its flows, an unhealthy one only its new ones; back, both are seen within seconds', async () => {
+  const health = { probe: { kind: 'tcp', port: 1 }, intervalMs: 500, timeoutMs: 100, fall: 2, rise: 1 };
+  for (const descriptor of [{}, { health }]) {
+    const bench = new Bench();
+    for (let i = 1; i <= 12; i++) bench.rtt.set(i, 10 * i);
+    bench.place(CART, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], descriptor);
+    bench.use(12);
+    await bench.run(5_000);
+    bench.liveLow.set(12, 0);
+    await bench.run(7_000);
+    assert.is(bench.last('weights')?.weights.roundrobin[11], 0);
+    const dead = bench.commands.filter((c) => c.kind === 'instanceDead');
+    assert.equal(dead, 'health' in descriptor ? [] : [{ kind: 'instanceDead', service: CART, instance: 12 }]);
+    // Nobody uses the node any more.
+    await bench.run(300_000);
+    assert.is(bench.commands.filter((c) => c.kind === 'instanceDead').length, dead.length);
+    bench.liveLow.delete(12);
+    await bench.run(302_000);
+    assert.is(bench.last('weights')?.weights.roundrobin[11], 1);
+  }
+});
+
 test('Steering: choices are kept with their reason and counted', async () => {
   const bench = new Bench();
   bench.rtt.set(1, 30);
@@ -222,6 +245,24 @@ test('Steering: an instance whose process dies leaves the live bits and the loca
     bench.steering.admit({ id: 'b', service: CART, namespaceIp: ip, home: { kind: 'pid', pid: 78 } }),
     false,
   );
+});
+
+test('Steering: while the last run`s instances are attached again nothing is said about any, for 8 s at most', async () => {
+  const bench = new Bench(true);
+  bench.homes.set('77', 'started');
+  bench.place(CART, [0]);
+  const ip = ipv4(subnet(0) + 2);
+  await bench.run(2_000);
+  bench.steering.admit({ id: 'a', service: CART, namespaceIp: ip, home: { kind: 'pid', pid: 77 } });
+  assert.is(bench.last('probeStatus'), undefined);
+  bench.steering.resumed();
+  const status = decodeProbeStatus(bench.last('probeStatus')!.status);
+  assert.ok(status.ok && status.value.liveLow === 0b100);
+  const stuck = new Bench(true);
+  await stuck.run(QUIET_MS - 100);
+  assert.is(stuck.last('probeStatus'), undefined);
+  await stuck.run(QUIET_MS + 600);
+  assert.ok(stuck.last('probeStatus') !== undefined);
 });
 
 test('Steering: an instance of this node is chosen only while it is admitted, whatever the keyspace says', async () => {

@@ -226,7 +226,8 @@ export class World {
         node.balancer.reweigh(this.now);
       }
     }
-    for (let output = node.balancer.poll(); output !== undefined; output = node.balancer.poll())
+    for (let output = node.balancer.poll(); output !== undefined; output = node.balancer.poll()) {
+      if (output.kind !== 'weights') continue;
       for (const policy of POLICIES) {
         const key = `${output.service} ${policy}`;
         let turns = node.turns.get(key);
@@ -240,6 +241,7 @@ export class World {
           weights: output.weights.weights[policy],
         });
       }
+    }
     const at = Math.max(this.now, Math.min(node.prober.deadline().at, node.balancer.deadline().at));
     const generation = ++node.generation;
     this.at(at, () => {

@@ -1,5 +1,6 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
+import type { ProxyCommand } from '../../../edge/proxy/command.ts';
 import { newBytes } from '../../../src/wire/bytes.ts';
 import { finish, pseudoSum, sum } from '../../../src/wire/checksum.ts';
 import { ICMP } from '../../../src/wire/icmp.ts';
@@ -346,6 +347,78 @@ test('a node that is dead: as if its instances had gone, and a node that is not 
   one.apply({ kind: 'nodeDead', nodeIp: a('10.0.0.2'), ewp: 4790 });
   assert.is(one.answers().length, carts.filter((cart) => cart === 1).length);
   assert.ok(carts.includes(1) && carts.includes(2));
+});
+
+test('the sweep marks the nodes that flows lead to, until their last flow has ended', () => {
+  const one = new NodeUnderTest(1);
+  one.apply(cartCommand(1, [1]));
+  const peer = one.proxy.routes.peerOf(a('172.16.0.128'))!;
+  const out = (flags: number): string => one.leave(tcp({ source: CLIENT, target: CART_RR }, flags));
+  one.proxy.tick(100, one.now);
+  assert.is(peer.flowMs, Number.NEGATIVE_INFINITY);
+  out(TCP_SYN);
+  one.now += 3_600;
+  one.proxy.tick(100, one.now);
+  assert.is(peer.flowMs, one.now);
+  out(TCP_RST);
+  one.proxy.tick(100, one.now + 1);
+  assert.is(peer.flowMs, one.now);
+});
+
+test('a node that is suspect: what opens there is chosen anew, what is established stays', () => {
+  const one = new NodeUnderTest(1);
+  one.apply(cartCommand(1, [1]));
+  const out = (port: number, flags: number): string =>
+    one.leave(tcp({ source: CLIENT, target: CART_RR, sourcePort: port }, flags));
+  out(1, TCP_SYN);
+  out(2, TCP_SYN);
+  one.arrive(tcp({ source: CART_1, target: CLIENT, sourcePort: 80, targetPort: 2 }, TCP_SYN | TCP_ACK), 2);
+  one.apply(cartCommand(1, [1, 2]));
+  one.apply({
+    kind: 'weights',
+    service: CART,
+    instances: [1, 2],
+    weights: { roundrobin: [0, 1], closest: [0, 1], fastest: [0, 1] },
+  });
+  one.apply({ kind: 'nodeSuspect', nodeIp: a('10.0.0.2'), ewp: 4790 });
+  assert.equal(one.answers(), []);
+  assert.match(out(1, TCP_SYN), 'node 3');
+  assert.match(out(2, TCP_ACK), 'node 2');
+});
+
+test('an instance that its node calls dead: its flows are reset although a route names it', () => {
+  const one = new NodeUnderTest(1);
+  const open = (port: number): number => {
+    const cart = cartOf(one.leave(tcp({ source: CLIENT, target: CART_RR, sourcePort: port }, TCP_SYN)));
+    const back = { source: a(`172.30.2.${cart}`), target: CLIENT, sourcePort: 80, targetPort: port };
+    one.arrive(tcp(back, TCP_SYN | TCP_ACK), cart + 1);
+    return cart;
+  };
+  const carts = [1, 2, 3, 4, 5, 6].map((port) => open(port));
+  one.apply({ kind: 'instanceDead', service: CART, instance: 2 });
+  const answers = one.answers();
+  assert.is(answers.length, carts.filter((cart) => cart === 2).length);
+  assert.ok(answers.length > 0 && answers.every((answer) => answer.includes('[R')));
+});
+
+test('an instance without a weight gets flows only while none that is named has one', () => {
+  const one = new NodeUnderTest(1);
+  one.apply(cartCommand(1, [1]));
+  const told = (weight: number): ProxyCommand => ({
+    kind: 'weights',
+    service: CART,
+    instances: [1],
+    weights: { roundrobin: [weight], closest: [weight], fastest: [weight] },
+  });
+  const carts = (from: number): number[] =>
+    [0, 1, 2, 3].map((i) =>
+      cartOf(one.leave(tcp({ source: CLIENT, target: CART_CLOSEST, sourcePort: from + i }, TCP_SYN))),
+    );
+  one.apply(told(1));
+  one.apply(cartCommand(1, [1, 2]));
+  assert.equal(carts(10), [1, 1, 1, 1]);
+  one.apply(told(0));
+  assert.equal(carts(20), [2, 2, 2, 2]);
 });
 
 test('a flow that opens while its instance goes is chosen anew, not reset', () => {
