@@ -25,7 +25,8 @@ export interface CommandResult {
 
 /** Runs a program of the host (`ip`, `nft`, `nsenter`, …) with an argument vector and, if given, standard input. */
 export interface Runner {
-  run(argv: readonly string[], stdin?: string): Promise<CommandResult>;
+  /** `limitMs` (default COMMAND_LIMIT_MS): then it is killed with its children, and its status is 124. */
+  run(argv: readonly string[], stdin?: string, limitMs?: number): Promise<CommandResult>;
 }
 
 /** The few file operations that host set-up needs; paths are absolute. */

@@ -422,10 +422,14 @@ export class Steering {
     if (resident === undefined) return;
     if (output.kind === 'check') {
       const { id, run, probe, namespaceIp, timeoutMs } = output;
-      void vitals.check(probe, namespaceIp, resident.home, timeoutMs).then(({ ok, detail }) => {
+      const take = (ok: boolean, detail: string): void => {
         this.#health.handleResult(id, run, ok, detail, clock.monotonicMs());
         this.#turn();
-      });
+      };
+      vitals.check(probe, namespaceIp, resident.home, timeoutMs).then(
+        ({ ok, detail }) => take(ok, detail),
+        (thrown: unknown) => take(false, String(thrown)),
+      );
       return;
     }
     const fields = { name: output.id, address: formatIpv4(resident.namespaceIp), reason: output.why };

@@ -212,6 +212,8 @@ assert(
 );
 /** One program of the host (`ip`, `nft`, `iptables -w`): they take milliseconds; 20 s outlives a held xtables lock. */
 export const COMMAND_LIMIT_MS = 20_000;
+/** After a program's end, until its output must have been read: a pipe holds 64 KiB, which takes a millisecond. */
+export const COMMAND_DRAIN_MS = 200;
 /** Output kept of one program or one engine answer: `ip -j route` of 15,360 peers is about 2 MiB. */
 export const COMMAND_OUTPUT_MAX = 8 * 1024 * 1024;
 /** One answer of the container engine. */

@@ -103,7 +103,8 @@ const healthSchema = v.union(
     v.object({
       http: v.object({
         port: portSchema,
-        path: v.optional(v.pipe(v.string(), v.startsWith('/'), v.maxLength(1_024)), '/'),
+        // A request line ends a path at a space (RFC 9112 §3.2).
+        path: v.optional(v.pipe(v.string(), v.regex(/^\/[!-~]*$/), v.maxLength(1_024)), '/'),
       }),
       ...healthTiming,
     }),
@@ -112,7 +113,7 @@ const healthSchema = v.union(
       ...healthTiming,
     }),
   ],
-  'health: exactly one of tcp {port}, http {port, path}, command [program, …], and optionally intervalMs, timeoutMs, fall, rise',
+  'health: exactly one of tcp {port}, http {port, path: "/" and visible ASCII, no space}, command [program, …], and optionally intervalMs, timeoutMs, fall, rise',
 );
 
 function checkOf(health: v.InferOutput<typeof healthSchema>): HealthCheck {

@@ -69,19 +69,23 @@ export function hostVitals(options: VitalsOptions): Vitals {
   return {
     load,
     identify,
-    check: (probe, namespaceIp, home, timeoutMs) => {
-      switch (probe.kind) {
-        case 'tcp':
-          return checkTcp(namespaceIp, probe.port, timeoutMs);
-        case 'http':
-          return checkHttp(namespaceIp, probe.port, probe.path, timeoutMs);
-        case 'command':
-          return options.commands
-            ? checkCommand(options.runner, probe, home, timeoutMs)
-            : Promise.resolve({
-                ok: false,
-                detail: 'this agent runs no health commands: start it with --health-commands on',
-              });
+    check: async (probe, namespaceIp, home, timeoutMs) => {
+      try {
+        switch (probe.kind) {
+          case 'tcp':
+            return await checkTcp(namespaceIp, probe.port, timeoutMs);
+          case 'http':
+            return await checkHttp(namespaceIp, probe.port, probe.path, timeoutMs);
+          case 'command':
+            return options.commands
+              ? await checkCommand(options.runner, probe, home, timeoutMs)
+              : {
+                  ok: false,
+                  detail: 'this agent runs no health commands: start it with --health-commands on',
+                };
+        }
+      } catch (thrown) {
+        return { ok: false, detail: `${probe.kind} check: ${(thrown as Error).message}` };
       }
     },
   };
@@ -136,17 +140,11 @@ async function checkCommand(
     home.kind === 'pid'
       ? ['nsenter', '--target', String(home.pid), '--all', '--']
       : ['nsenter', `--net=/run/netns/${home.name}`, '--'];
-  // timeout(1) ends the program inside; its own status for that is 124.
-  const seconds = String(timeoutMs / 1000);
-  try {
-    const result = await runner.run(['timeout', '-k', '1', seconds, ...enter, ...probe.command]);
-    if (result.status === 0) return { ok: true, detail: `${probe.command[0]} exits 0` };
-    const detail =
-      result.status === 124
-        ? `${probe.command[0]}: not done within ${timeoutMs} ms`
-        : `${probe.command[0]} exits ${result.status}: ${result.stderr.trim().split('\n').at(-1) ?? ''}`;
-    return { ok: false, detail };
-  } catch (thrown) {
-    return { ok: false, detail: `${probe.command[0]}: ${(thrown as Error).message}` };
-  }
+  const result = await runner.run([...enter, ...probe.command], undefined, timeoutMs);
+  if (result.status === 0) return { ok: true, detail: `${probe.command[0]} exits 0` };
+  const detail =
+    result.status === 124
+      ? `${probe.command[0]}: not done within ${timeoutMs} ms`
+      : `${probe.command[0]} exits ${result.status}: ${result.stderr.trim().split('\n').at(-1) ?? ''}`;
+  return { ok: false, detail };
 }

@@ -2,7 +2,7 @@
 //
 //   ewE<pid>  network namespace, lo only: a listener on 127.0.0.1, checked from inside
 import { spawn } from 'node:child_process';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, readlinkSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer as createHttpServer } from 'node:http';
 import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -20,10 +20,18 @@ const netns = `ewE${process.pid}`;
 const vitals = hostVitals({ runner: hostRunner, commands: true });
 const me: Home = { kind: 'pid', pid: process.pid };
 
+function readNs(pid: number): string | undefined {
+  try {
+    return readlinkSync(`/proc/${pid}/ns/net`);
+  } catch {
+    return undefined;
+  }
+}
+
 async function until(what: string, holds: () => boolean): Promise<void> {
-  const end = performance.now() + 5_000;
+  const end = performance.now() + 20_000;
   while (!holds()) {
-    if (performance.now() > end) throw new Error(`not within 5 s: ${what}`);
+    if (performance.now() > end) throw new Error(`not within 20 s: ${what}`);
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
 }
@@ -56,10 +64,8 @@ test('Vitals.identify: a namespace made anew under the same name is another', as
     assert.match(first ?? '', /^\d+:\d+$/);
     // Kept alive by a process, so that its inode cannot be given again.
     const keeper = spawn('ip', ['netns', 'exec', netns, 'sleep', '60'], { stdio: 'ignore' });
-    await until(
-      'the keeper is inside',
-      () => vitals.identify({ kind: 'pid', pid: keeper.pid! }) !== undefined,
-    );
+    const inode = first!.split(':')[1]!;
+    await until('the keeper is inside', () => readNs(keeper.pid!) === `net:[${inode}]`);
     await hostRunner.run(['ip', 'netns', 'del', netns]);
     assert.is(vitals.identify(home), undefined);
     await hostRunner.run(['ip', 'netns', 'add', netns]);
@@ -82,9 +88,9 @@ test('Vitals.check tcp and http: accepted, refused, wrong status, silent', async
   const quiet = portOf(silent);
   const port = portOf(web);
   try {
-    assert.ok((await vitals.check({ kind: 'tcp', port: quiet }, LOOPBACK, me, 1_000)).ok);
-    assert.ok((await vitals.check({ kind: 'http', port, path: '/ok' }, LOOPBACK, me, 1_000)).ok);
-    const bad = await vitals.check({ kind: 'http', port, path: '/' }, LOOPBACK, me, 1_000);
+    assert.ok((await vitals.check({ kind: 'tcp', port: quiet }, LOOPBACK, me, 20_000)).ok);
+    assert.ok((await vitals.check({ kind: 'http', port, path: '/ok' }, LOOPBACK, me, 20_000)).ok);
+    const bad = await vitals.check({ kind: 'http', port, path: '/' }, LOOPBACK, me, 20_000);
     assert.equal(bad, { ok: false, detail: `GET / on port ${port}: status 503` });
     const slow = await vitals.check({ kind: 'http', port: quiet, path: '/' }, LOOPBACK, me, 200);
     assert.match(slow.detail, 'no answer within 200 ms');
@@ -93,7 +99,7 @@ test('Vitals.check tcp and http: accepted, refused, wrong status, silent', async
     web.closeAllConnections();
     web.close();
   }
-  const refused = await vitals.check({ kind: 'tcp', port: quiet }, LOOPBACK, me, 1_000);
+  const refused = await vitals.check({ kind: 'tcp', port: quiet }, LOOPBACK, me, 20_000);
   assert.not(refused.ok);
   assert.match(refused.detail, /ECONNREFUSED|refused/);
 });
@@ -113,19 +119,19 @@ test('Vitals.check command: runs inside the namespace, tells status and time-out
       },
       LOOPBACK,
       home,
-      2_000,
+      20_000,
     );
     assert.ok(links.ok, links.detail);
     const status = await vitals.check(
       { kind: 'command', command: ['sh', '-c', 'echo no luck >&2; exit 7'] },
       LOOPBACK,
       home,
-      2_000,
+      20_000,
     );
     assert.equal(status, { ok: false, detail: 'sh exits 7: no luck' });
     const slow = await vitals.check({ kind: 'command', command: ['sleep', '30'] }, LOOPBACK, home, 300);
     assert.equal(slow, { ok: false, detail: 'sleep: not done within 300 ms' });
-    const inside = await vitals.check({ kind: 'command', command: ['true'] }, LOOPBACK, me, 2_000);
+    const inside = await vitals.check({ kind: 'command', command: ['true'] }, LOOPBACK, me, 20_000);
     assert.ok(inside.ok, inside.detail);
     const strict = hostVitals({ runner: hostRunner, commands: false });
     assert.match(
@@ -134,6 +140,32 @@ test('Vitals.check command: runs inside the namespace, tells status and time-out
     );
   } finally {
     await hostRunner.run(['ip', 'netns', 'del', netns]);
+  }
+});
+
+test('Vitals.check command: what it leaves behind is not waited for and does not stay; a late one ends with its children', async () => {
+  const dir = mkdtempSync(join(tmpdir(), 'edgeway-check-'));
+  const file = join(dir, 'pid');
+  const child = async (): Promise<Home> => {
+    await until('it wrote its pid', () => existsSync(file) && readFileSync(file, 'utf8').endsWith('\n'));
+    return { kind: 'pid', pid: Number(readFileSync(file, 'utf8')) };
+  };
+  const check = (script: string, timeoutMs: number): Promise<{ ok: boolean; detail: string }> =>
+    vitals.check({ kind: 'command', command: ['sh', '-c', script] }, LOOPBACK, me, timeoutMs);
+  try {
+    const left = await check(`sleep 300 & echo $! > ${file}; exit 0`, 60_000);
+    assert.equal(left, { ok: true, detail: 'sh exits 0' });
+    const first = await child();
+    await until('it does not stay', () => vitals.identify(first) === undefined);
+    rmSync(file);
+    const late = check(`sleep 300 & echo $! > ${file}; wait`, 3_000);
+    const second = await child();
+    assert.equal(await late, { ok: false, detail: 'sh: not done within 3000 ms' });
+    await until('the child ends too', () => vitals.identify(second) === undefined);
+    const bad = await vitals.check({ kind: 'http', port: 1, path: '/a b' }, LOOPBACK, me, 20_000);
+    assert.not(bad.ok);
+  } finally {
+    rmSync(dir, { recursive: true });
   }
 });
 
