@@ -138,7 +138,17 @@ export class Balancer {
     return result;
   }
 
-  /** Something changed that cannot wait: a node's status, an instance's health. */
+  has(service: ServiceId): boolean {
+    return this.#services.has(service);
+  }
+
+  /** The health of an instance here has changed: that waits for no rotation, however cold the service. */
+  reweighOne(service: ServiceId, nowMs: number): void {
+    const entry = this.#services.get(service);
+    if (entry !== undefined) this.#reweigh(service, entry, nowMs);
+  }
+
+  /** A node's status has changed. */
   reweigh(nowMs: number): void {
     for (const [service, entry] of this.#services)
       if (entry.warmUntil > nowMs) this.#reweigh(service, entry, nowMs);

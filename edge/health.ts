@@ -2,7 +2,8 @@
 // health check pass. Sans-I/O: it says what to check and when, and is told the result. It withdraws nothing itself.
 //
 //   there, no check declared      up
-//   there, check declared         down until `rise` checks in a row pass, down again after `fall` in a row fail
+//   there, check declared         down until `rise` checks in a row pass, down again after `fall` in a row fail; another
+//                                 check begins to count where the last one left it
 //   its identity changed or went  gone, once and for ever: whoever hosts it takes it away
 import type { Ipv4 } from '../src/addr.ts';
 import type { HealthCheck, HealthProbe } from '../src/model.ts';
@@ -67,11 +68,20 @@ export class HealthMonitor {
   /** Adds an instance, or changes its check. */
   admit(patient: Patient, nowMs: number): void {
     const old = this.#wards.get(patient.id);
-    if (old !== undefined && old.patient.identity === patient.identity && sameCheck(old.patient, patient)) {
+    const checked = patient.check !== undefined;
+    if (old !== undefined && old.patient.identity === patient.identity) {
+      const same = sameCheck(old.patient, patient);
       old.patient = patient;
+      if (same || old.gone) return;
+      old.against = 0;
+      old.run = 0;
+      old.nextAt = checked ? nowMs : Number.POSITIVE_INFINITY;
+      if (checked || old.up) return;
+      old.up = true;
+      old.why = 'it has no health check any more';
+      this.#outputs.push({ kind: 'health', id: patient.id, up: true, why: old.why });
       return;
     }
-    const checked = patient.check !== undefined;
     this.#wards.set(patient.id, {
       patient,
       up: !checked,

@@ -87,7 +87,8 @@ export class Steering {
   readonly #prober: Prober;
   readonly #balancer: Balancer;
   readonly #health: HealthMonitor;
-  readonly #residents = new Map<string, Resident>();
+  /** With the identity that each was admitted with: another one is another life. */
+  readonly #residents = new Map<string, Resident & { readonly identity: string }>();
   /** Services whose members the balancer must be told anew. */
   readonly #dirty = new Set<ServiceId>();
   readonly #choices: RecordedChoice[] = [];
@@ -166,8 +167,9 @@ export class Steering {
   admit(resident: Resident): boolean {
     const identity = this.#parts.vitals.identify(resident.home);
     if (identity === undefined) return false;
-    this.#residents.set(resident.id, resident);
-    this.#admit(resident, identity);
+    const lodged = { ...resident, identity };
+    this.#residents.set(resident.id, lodged);
+    this.#admit(lodged);
     this.#residentsChanged(resident.service);
     return true;
   }
@@ -201,7 +203,10 @@ export class Steering {
       this.#prober.handleAnswer({ ...status.value, nonce: report.token, rttMs: report.rttNs / 1e6 }, nowMs);
     } else if (report.kind === 'chosen') {
       for (const choice of report.choices) this.#record(choice, nowMs);
-      this.#unlisted += report.more;
+      for (const choice of report.unlisted) {
+        this.#count(choice, choice.count, nowMs);
+        this.#unlisted += choice.count;
+      }
     } else if (report.kind === 'flowPeers') {
       for (const subnet of report.subnets) {
         const host = this.#nodeOf.get(subnet);
@@ -259,16 +264,21 @@ export class Steering {
   }
 
   #record(choice: Choice, nowMs: number): void {
-    const { table, clock, node } = this.#parts;
-    const key = `${choice.service}/${choice.instance} ${choice.policy}`;
-    this.#chosen.set(key, (this.#chosen.get(key) ?? 0) + 1);
     const why =
       choice.policy === 'fixed'
         ? 'its own address was dialled'
-        : (this.#balancer.explain(choice.service, choice.policy, nowMs)?.why ??
-          'the service is not followed');
-    this.#choices.push({ ...choice, wallMs: clock.wallMs(), why });
+        : (this.#balancer.why(choice.service, choice.policy) ?? 'the service is not followed');
+    this.#choices.push({ ...choice, wallMs: this.#parts.clock.wallMs(), why });
     if (this.#choices.length > CHOICES_KEPT) this.#choices.shift();
+    this.#count(choice, 1, nowMs);
+  }
+
+  #count(choice: Pick<Choice, 'service' | 'policy' | 'instance'>, count: number, nowMs: number): void {
+    const { table, node } = this.#parts;
+    // The counters of a service go with it; a report may come behind.
+    if (!this.#balancer.has(choice.service)) return;
+    const key = `${choice.service}/${choice.instance} ${choice.policy}`;
+    this.#chosen.set(key, (this.#chosen.get(key) ?? 0) + count);
     if (this.#balancer.warm(choice.service, nowMs)) this.#followedStale = true;
     const host = table.instance(choice.service, choice.instance)?.node;
     if (host !== undefined && host !== node) this.#prober.handleUse(host, nowMs);
@@ -290,11 +300,7 @@ export class Steering {
       this.#balancer.setService(service, members, clock.monotonicMs());
     }
     // A descriptor may have got another health check.
-    for (const resident of this.#residents.values())
-      if (resident.service === service) {
-        const identity = this.#parts.vitals.identify(resident.home);
-        if (identity !== undefined) this.#admit(resident, identity);
-      }
+    for (const resident of this.#residents.values()) if (resident.service === service) this.#admit(resident);
   }
 
   /** What changed in the table since the last turn. Peers first: members are judged by their nodes. */
@@ -317,10 +323,9 @@ export class Steering {
     }
   }
 
-  #admit(resident: Resident, identity: string): void {
+  #admit({ id, service, namespaceIp, identity }: Resident & { readonly identity: string }): void {
     const { table, clock } = this.#parts;
-    const check = table.service(resident.service)?.descriptor.health;
-    const { id, namespaceIp } = resident;
+    const check = table.service(service)?.descriptor.health;
     this.#health.admit(
       { id, namespaceIp, identity, ...(check === undefined ? {} : { check }) },
       clock.monotonicMs(),
@@ -437,7 +442,7 @@ export class Steering {
       log.info(fields, output.up ? 'instance is healthy' : 'instance is unhealthy');
     else log.info(fields, 'instance is gone');
     this.#sendStatus();
-    this.#balancer.reweigh(nowMs);
+    this.#balancer.reweighOne(resident.service, nowMs);
     if (output.kind === 'gone') this.#parts.gone(output.id, output.why);
   }
 

@@ -730,8 +730,12 @@ class Loop {
     for (const address of proxy.misses.splice(0)) this.report({ kind: 'miss', address });
     if (proxy.choices.length > 0 && now - this.#reportedMs >= CHOICES_MS) {
       this.#reportedMs = now;
-      this.report({ kind: 'chosen', choices: proxy.choices.splice(0), more: proxy.choicesMore });
-      proxy.choicesMore = 0;
+      this.report({
+        kind: 'chosen',
+        choices: proxy.choices.splice(0),
+        unlisted: [...proxy.unlisted.values()],
+      });
+      proxy.unlisted.clear();
     }
     if (now - this.#flowPeersMs >= FLOW_PEERS_MS) {
       this.#flowPeersMs = now;

@@ -35,6 +35,11 @@ export interface Choice {
   readonly client: Ipv4;
 }
 
+/** Choices that one report did not list, by what they have in common. */
+export interface ChoiceCount extends Omit<Choice, 'client'> {
+  readonly count: number;
+}
+
 export type ProxyCommand =
   /** Replaces all that is known of a service. */
   | {
@@ -86,8 +91,12 @@ export type ProxyReport =
       readonly rttNs: number;
       readonly status: Uint8Array;
     }
-  /** Choices since the last report, at most four reports a second; `more` counts those that did not fit. */
-  | { readonly kind: 'chosen'; readonly choices: readonly Choice[]; readonly more: number }
+  /** Choices since the last report, at most four reports a second; those that did not fit are only counted. */
+  | {
+      readonly kind: 'chosen';
+      readonly choices: readonly Choice[];
+      readonly unlisted: readonly ChoiceCount[];
+    }
   /** Other nodes, by the first address of their subnet, to which flows lead that have not ended; every
    *  FLOW_PEERS_MS, as long as there are any. */
   | { readonly kind: 'flowPeers'; readonly subnets: readonly Ipv4[] }

@@ -32,7 +32,7 @@ import {
 import { checkTcp, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, tcpHeaderLength } from '../../src/wire/tcp.ts';
 import { UDP } from '../../src/wire/udp.ts';
 import { Answers } from './answer.ts';
-import type { Choice, ProxyCommand, ProxyConfig } from './command.ts';
+import type { Choice, ChoiceCount, ProxyCommand, ProxyConfig } from './command.ts';
 import { Contacts } from './contacts.ts';
 import { FLOW_STATE, Flow, type FlowRecord, FlowTable, idleLimit, isStale } from './flows.ts';
 import { Tracks } from './fragments.ts';
@@ -65,7 +65,8 @@ export class ProxyTun {
   /** Addresses missed since they were last taken. */
   readonly misses: Ipv4[] = [];
   readonly choices: Choice[] = [];
-  choicesMore = 0;
+  /** Choices beyond CHOICES_PER_REPORT_MAX, counted. */
+  readonly unlisted = new Map<string, ChoiceCount>();
   readonly #config: ProxyConfig;
   readonly #bridge: number;
   readonly #contacts: Contacts;
@@ -904,16 +905,17 @@ export class ProxyTun {
   }
 
   #chose(target: Target, instance: InstanceEntry, local: LocalEntry): void {
-    if (this.choices.length >= CHOICES_PER_REPORT_MAX) {
-      this.choicesMore++;
+    const choice = {
+      service: target.service.id,
+      policy: target.policy ?? ('fixed' as const),
+      instance: instance.instance,
+    };
+    if (this.choices.length < CHOICES_PER_REPORT_MAX) {
+      this.choices.push({ ...choice, client: ipv4(local.namespaceIp) });
       return;
     }
-    this.choices.push({
-      service: target.service.id,
-      policy: target.policy ?? 'fixed',
-      instance: instance.instance,
-      client: ipv4(local.namespaceIp),
-    });
+    const key = `${choice.service}/${choice.instance} ${choice.policy}`;
+    this.unlisted.set(key, { ...choice, count: (this.unlisted.get(key)?.count ?? 0) + 1 });
   }
 
   // ——— parsing ———

@@ -103,7 +103,7 @@ test('HealthMonitor: a check that never comes back counts as failed, and its lat
   assert.is(monitor.isUp(ip), false);
 });
 
-test('HealthMonitor.admit keeps the state of an unchanged check and begins anew for another', () => {
+test('HealthMonitor.admit: another check takes the state over and counts anew; without one an instance is up', () => {
   const { monitor, homes, drive } = ward();
   homes.set('a', '1');
   monitor.admit({ id: 'a', namespaceIp: ip, identity: '1', check }, 0);
@@ -114,9 +114,20 @@ test('HealthMonitor.admit keeps the state of an unchanged check and begins anew 
     { id: 'a', namespaceIp: ip, identity: '1', check: { ...check, probe: { kind: 'tcp', port: 81 } } },
     1_000,
   );
-  assert.is(monitor.isUp(ip), false);
-  monitor.admit({ id: 'a', namespaceIp: ip, identity: '1' }, 1_000);
   assert.is(monitor.isUp(ip), true);
+  assert.equal(told(drive(1_010, 3_000, () => false)), ['down']);
+  monitor.admit({ id: 'a', namespaceIp: ip, identity: '1', check }, 3_000);
+  assert.is(monitor.isUp(ip), false);
+  assert.equal(told(drive(3_010, 4_000)), ['up']);
+  drive(4_010, 9_000, () => false);
+  monitor.admit({ id: 'a', namespaceIp: ip, identity: '1' }, 9_000);
+  assert.is(monitor.isUp(ip), true);
+  assert.equal(told(drive(9_010, 9_020)), ['up']);
+  homes.delete('a');
+  assert.equal(told(drive(9_030, 10_000)), ['gone']);
+  monitor.admit({ id: 'a', namespaceIp: ip, identity: '1', check }, 10_000);
+  assert.equal(drive(10_010, 12_000), [], 'gone is for ever');
+  assert.is(monitor.isUp(ip), false);
 });
 
 test.run();

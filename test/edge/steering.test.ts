@@ -142,7 +142,7 @@ class Bench {
   use(instance: number): void {
     this.steering.report({
       kind: 'chosen',
-      more: 0,
+      unlisted: [],
       choices: [{ service: CART, policy: 'closest', instance, client: ipv4(1) }],
     });
   }
@@ -214,7 +214,45 @@ test('Steering: choices are kept with their reason and counted', async () => {
   assert.is(bench.steering.choices().length, 256);
   assert.match(bench.steering.choices(CART)[0]!.why, /RTT/);
   assert.equal([...bench.steering.chosen()], [[`${CART}/1 closest`, 300]]);
+  const unlisted = [{ service: CART, policy: 'closest' as const, instance: 1, count: 7 }];
+  bench.steering.report({ kind: 'chosen', choices: [], unlisted });
+  assert.equal([...bench.steering.chosen()], [[`${CART}/1 closest`, 307]]);
+  assert.is(bench.steering.counters()['choices_unlisted'], 7);
   assert.is(bench.steering.explain(CART, 'closest')?.candidates.length, 1);
+  bench.table.deleteInstance(CART, 1);
+  bench.table.deleteService(CART);
+  bench.steering.routesChanged([CART], false);
+  bench.use(1);
+  assert.is(bench.steering.chosen().size, 0, 'a late report brings no counter back');
+});
+
+test('Steering: a home that became another one is gone, whatever routes change before it is looked at', async () => {
+  const bench = new Bench();
+  bench.homes.set('77', 'started');
+  bench.place(CART, [0]);
+  const ip = ipv4(subnet(0) + 2);
+  bench.steering.admit({ id: 'a', service: CART, namespaceIp: ip, home: { kind: 'pid', pid: 77 } });
+  await bench.run(1_000);
+  bench.homes.set('77', 'started later');
+  bench.steering.routesChanged([CART], false);
+  await bench.run(1_300);
+  assert.equal(bench.gone, ['a']);
+});
+
+test('Steering: a failing health check here is heeded at once, however cold its service', async () => {
+  const bench = new Bench();
+  bench.homes.set('77', 'started');
+  const health = { probe: { kind: 'tcp', port: 1 }, intervalMs: 500, timeoutMs: 100, fall: 2, rise: 1 };
+  bench.place(CART, [0], { health });
+  for (let s = 0; s < 2_000; s++) bench.place(`shop.prod.s${s}.v1` as ServiceId, [1]);
+  const ip = ipv4(subnet(0) + 2);
+  bench.steering.admit({ id: 'a', service: CART, namespaceIp: ip, home: { kind: 'pid', pid: 77 } });
+  await bench.run(2_000);
+  const weights = (): unknown => bench.commands.findLast((c) => c.kind === 'weights' && c.service === CART);
+  assert.match(JSON.stringify(weights()), '"roundrobin":[1]');
+  bench.checkOk = false;
+  await bench.run(3_500);
+  assert.match(JSON.stringify(weights()), '"roundrobin":[0]');
 });
 
 test('Steering: an instance whose process dies leaves the live bits and the local weights at once, and the agent is told once', async () => {

@@ -401,6 +401,22 @@ test('an instance that its node calls dead: its flows are reset although a route
   assert.ok(answers.length > 0 && answers.every((answer) => answer.includes('[R')));
 });
 
+test('choices beyond those of one report are counted by instance and policy, none is lost', () => {
+  const one = new NodeUnderTest(1);
+  one.apply(cartCommand(1, [1, 2]));
+  for (let port = 1; port <= 300; port++)
+    one.leave(tcp({ source: CLIENT, target: CART_RR, sourcePort: port }, TCP_SYN));
+  const { choices, unlisted } = one.proxy;
+  assert.is(choices.length, 64);
+  const counts = [1, 2].map(
+    (n) =>
+      choices.filter(({ instance }) => instance === n).length +
+      [...unlisted.values()].reduce((sum, c) => sum + (c.instance === n ? c.count : 0), 0),
+  );
+  assert.is(counts[0]! + counts[1]!, 300);
+  assert.ok(Math.abs(counts[0]! - 150) <= 1, String(counts));
+});
+
 test('an instance without a weight gets flows only while none that is named has one', () => {
   const one = new NodeUnderTest(1);
   one.apply(cartCommand(1, [1]));
