@@ -3,8 +3,7 @@
 // is, take away an instance that died. It holds the clock's only timer for them; it measures and chooses nothing.
 import { formatIpv4, type Ipv4, networkOf } from '../src/addr.ts';
 import { slowdown } from '../src/choose.ts';
-import type { Coordinate } from '../src/coordinate.ts';
-import { distanceMs } from '../src/coordinate.ts';
+import { type Coordinate, movedMs } from '../src/coordinate.ts';
 import type { Logger } from '../src/log.ts';
 import type { ServiceId } from '../src/name.ts';
 import type { Policy } from '../src/policy.ts';
@@ -20,7 +19,8 @@ import type { RouteTable } from './routes/table.ts';
 
 /** A node's record is written again at most this often … */
 export const PUBLISH_MS = 30_000;
-/** … or this often when its load has changed greatly. */
+/** … or this often when its load has changed greatly; each time that it does so again doubles that, up to PUBLISH_MS,
+ *  until it has been quiet for two PUBLISH_MS: a load that swings is no news. */
 export const PUBLISH_BIG_MS = 5_000;
 /** What counts as news: moved by this share of the way to the others' typical distance and by 2 ms. */
 const MOVED_MS = 2;
@@ -108,6 +108,7 @@ export class Steering {
   #statusSent = '';
   #quietUntil = Number.NEGATIVE_INFINITY;
   #published: { readonly position: Position; readonly at: number } | undefined;
+  #publishBigMs = PUBLISH_BIG_MS;
 
   constructor(parts: SteeringParts) {
     this.#parts = parts;
@@ -481,14 +482,20 @@ export class Steering {
       const before = last.position.load;
       const ratio = load === undefined || before === undefined ? 1 : slowdown(load) / slowdown(before);
       const great = ratio >= SLOWER || ratio <= 1 / SLOWER;
-      if (elapsed < (great ? PUBLISH_BIG_MS : PUBLISH_MS)) return;
-      const moved = distanceMs(coordinate, last.position.coordinate) - 2 * coordinate.height;
+      if (elapsed < (great ? this.#publishBigMs : PUBLISH_MS)) return;
+      const moved = movedMs(last.position.coordinate, coordinate);
       const size = Math.hypot(...coordinate.vec) + coordinate.height;
       const news =
         great ||
         moved > Math.max(MOVED_MS, MOVED_SHARE * size) ||
         Math.abs((load ?? 0) - (before ?? 0)) > LOAD_STEP;
       if (!news) return;
+      this.#publishBigMs =
+        elapsed >= 2 * PUBLISH_MS
+          ? PUBLISH_BIG_MS
+          : great
+            ? Math.min(2 * this.#publishBigMs, PUBLISH_MS)
+            : this.#publishBigMs;
     }
     const position: Position = { coordinate, ...(load === undefined ? {} : { load }) };
     this.#published = { position, at: nowMs };

@@ -23,6 +23,9 @@ const FILTER_SIZE = 3;
 const GRAVITY_MS = 150 * 150 * 1000;
 /** Two points closer than 1 µs have no direction: a random one is taken. */
 const ZERO_MS = 0.001;
+/** One sample moves nobody further, and counts for no greater residual: a peer that lies about where it is bends us
+ *  little. */
+const STEP_MAX_MS = 100;
 export const RTT_MAX_MS = 10_000;
 /** Peers whose recent RTTs are remembered; the oldest gives way. 1,024 × 3 numbers are under 100 KiB. */
 const FILTERED_PEERS_MAX = 1024;
@@ -63,6 +66,10 @@ function span(a: readonly number[], b: readonly number[]): number {
   return Math.sqrt(sum);
 }
 
+function cut(ms: number): number {
+  return Math.max(-STEP_MAX_MS, Math.min(STEP_MAX_MS, ms));
+}
+
 function rawDistance(a: Coordinate, b: Coordinate): number {
   return span(a.vec, b.vec) + a.height + b.height;
 }
@@ -72,6 +79,11 @@ export function distanceMs(a: Coordinate, b: Coordinate): number {
   const raw = rawDistance(a, b);
   const adjusted = raw + a.adjustment + b.adjustment;
   return adjusted > 0 ? adjusted : raw;
+}
+
+/** How far a coordinate has moved, ms: in the plane and in height; adjustments come and go. */
+export function movedMs(from: Coordinate, to: Coordinate): number {
+  return span(from.vec, to.vec) + Math.abs(to.height - from.height);
 }
 
 /** This node's own coordinate, moved by every measured RTT. */
@@ -138,11 +150,11 @@ export class OwnCoordinate {
     const share = ERROR_GAIN * weight;
     const error = Math.min(share * wrongness + own.error * (1 - share), ERROR_MAX);
     this.#position = { ...own, error };
-    this.#push(other, POSITION_GAIN * weight * (rtt - distance));
+    this.#push(other, cut(POSITION_GAIN * weight * (rtt - distance)));
   }
 
   #adjust(other: Coordinate, rtt: number): void {
-    this.#residuals[this.#residualNext] = rtt - rawDistance(this.#position, other);
+    this.#residuals[this.#residualNext] = cut(rtt - rawDistance(this.#position, other));
     this.#residualNext = (this.#residualNext + 1) % ADJUSTMENT_WINDOW;
     const sum = this.#residuals.reduce((a, b) => a + b, 0);
     this.#position = { ...this.#position, adjustment: sum / (2 * ADJUSTMENT_WINDOW) };
@@ -161,7 +173,7 @@ export class OwnCoordinate {
     const apart = distance > ZERO_MS;
     const direction = apart ? own.vec.map((x, i) => (x - other.vec[i]!) / distance) : this.#anyDirection();
     const height = apart
-      ? Math.max(own.height + ((own.height + other.height) * force) / distance, HEIGHT_MIN_MS)
+      ? Math.max(own.height + cut(((own.height + other.height) * force) / distance), HEIGHT_MIN_MS)
       : own.height;
     this.#position = { ...own, vec: own.vec.map((x, i) => x + direction[i]! * force), height };
   }
