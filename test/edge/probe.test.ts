@@ -238,6 +238,14 @@ test('Prober watches at most WATCH_MAX nodes, and whoever owes an answer stays a
   }
 });
 
+test('Prober: however many are silent, the best that live stay watched', () => {
+  const it = prober(WATCH_MAX + 100);
+  const living = ['n300', 'n301', 'n302'];
+  run(it, 0, 600_000, (node) => (living.includes(node) ? 20 : undefined));
+  assert.is(it.watched().length, WATCH_MAX);
+  for (const node of living) assert.ok(it.watched().includes(node), node);
+});
+
 test('Prober: answers with an unknown or used token are counted and change nothing', () => {
   const it = prober(1);
   let sent: ProbeOutput | undefined;

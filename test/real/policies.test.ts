@@ -5,7 +5,7 @@
 //
 // Bounds here are generous; how fast it really is, `npm run bench -- policies` measures.
 import type { ChildProcess } from 'node:child_process';
-import { readFileSync, readlinkSync } from 'node:fs';
+import { readFileSync, readlinkSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
 import { suite } from 'uvu';
@@ -78,8 +78,26 @@ async function ask(service: string, policy: string, count = 6): Promise<string[]
   assert.is(status, 0, stderr);
   return (JSON.parse(stdout) as { text: string }[]).map(({ text }) => text.split(' ')[0]!);
 }
-const only = (list: readonly string[], who: string): true | undefined =>
-  list.every((one) => one === who) ? true : undefined;
+/** Until that node alone answers new flows. */
+const answers = (service: string, policy: string, who: string): Promise<true> =>
+  until(`${who} alone answers ${service} ${policy}`, 60_000, async () =>
+    (await ask(service, policy, 3)).every((one) => one === who) ? true : undefined,
+  );
+
+/** A connection that stays; `log` gives the lines of test/lab/hold.ts. */
+async function hold(service: string, policy: string): Promise<{ who: string; log: () => string }> {
+  const file = join(lab.dir, `hold-${service}-${policy}-${Date.now()}.log`);
+  lab.spawn(client, self('test/lab/hold.ts', `${service}.any.${policy}.local`, String(PORT)), file);
+  const log = (): string => readFileSync(file, 'utf8');
+  const who = await until('it is answered', 60_000, () => /^open (\S+)/m.exec(log())?.[1]);
+  return { who, log };
+}
+const isReset = (what: string, held: { log: () => string }): Promise<true> =>
+  until(`${what} is reset`, 60_000, () => (/^end ECONNRESET$/m.test(held.log()) ? true : undefined));
+
+async function counter(name: string): Promise<number> {
+  return (await call(1, 'GET', '/api/v1/counters'))[name] ?? 0;
+}
 
 interface Explained {
   readonly name: string;
@@ -109,13 +127,17 @@ const becomes = (
   policy: string,
   wanted: Record<string, number>,
 ): Promise<true> =>
-  until(what, 15_000, async () => {
+  until(what, 60_000, async () => {
     const seen = await shares(service, policy);
     return Object.entries(wanted).every(([node, share]) => seen[node] === share) ? true : undefined;
   });
 
 test.before(async () => {
-  lab = await Lab.up({ nodes: 3, runtime, agentFlags: ['--mdns', 'off', '--presence-ttl', '30'] });
+  lab = await Lab.up({
+    nodes: 3,
+    runtime,
+    agentFlags: ['--mdns', 'off', '--presence-ttl', '30', '--health-commands', 'on'],
+  });
   delayed = await DelayedLab.over(lab);
   delayed.setRtts([
     [0, 10, 25],
@@ -124,7 +146,9 @@ test.before(async () => {
   ]);
   await lab.startAll();
   await apply(CART);
-  await apply(PAY, { health: { tcp: { port: PORT }, intervalMs: 200, fall: 2, rise: 1 } });
+  await apply(PAY, {
+    health: { tcp: { port: PORT }, intervalMs: 200, timeoutMs: 5_000, fall: 2, rise: 1 },
+  });
   await apply('shop.prod.client.v1', { needs: [CART, PAY] });
   client = await lab.addInstance('client');
   await call(1, 'POST', '/api/v1/instances', { service: 'shop.prod.client.v1', instance: 1, netns: client });
@@ -137,20 +161,24 @@ test.after(async () => {
 
 test('closest: every flow goes to the nearer node, and explain says why by name, ServiceIP and InstanceIP', async () => {
   await becomes('both nodes are measured', CART, 'closest', { n2: 100, n3: 0 });
-  assert.equal(await ask(CART, 'closest'), new Array(6).fill('n2'));
-  const byName = await until('the choices are reported', 5_000, async () => {
-    const seen = await explain(`${CART}.any.closest.local`);
-    return seen.choices.length >= 6 ? seen : undefined;
-  });
+  await answers(CART, 'closest', 'n2');
+  // The relay's delay is a floor under what is measured; above it lies whatever else this machine does.
+  const byName = await until(
+    'the choices are reported, and the RTTs are near the truth',
+    60_000,
+    async () => {
+      const seen = await explain(`${CART}.any.closest.local`);
+      const [near, far] = seen.candidates;
+      assert.ok(near!.rttMs! >= 10 && far!.rttMs! >= 25, `${near!.rttMs} ${far!.rttMs}`);
+      return seen.choices.length >= 3 && near!.rttMs! < 25 && far!.rttMs! < 60 ? seen : undefined;
+    },
+  );
   assert.equal(
-    byName.choices.map((c) => [c.instance, c.policy]),
-    new Array(6).fill([1, 'closest']),
+    new Set(byName.choices.slice(-3).map((c) => `${c.instance} ${c.policy}`)),
+    new Set(['1 closest']),
   );
   const [near, far] = byName.candidates;
   assert.is(near!.rttBy, 'probe');
-  // The relay's delay is a floor under what is measured; above it lies whatever else this machine does.
-  assert.ok(near!.rttMs! >= 10 && far!.rttMs! >= 25, `${near!.rttMs} ${far!.rttMs}`);
-  assert.ok(near!.rttMs! < far!.rttMs!, `${near!.rttMs} ${far!.rttMs}`);
   const byAddress = await explain(byName.address);
   assert.is(byAddress.name, `${CART}.any.closest.local`);
   const fixed = await explain(far!.instanceIp);
@@ -167,21 +195,24 @@ test('closest: every flow goes to the nearer node, and explain says why by name,
 });
 
 test('roundrobin: both nodes get half', async () => {
-  const seen = await ask(CART, 'roundrobin', 20);
-  const first = seen.filter((who) => who === 'n2').length;
-  assert.ok(first >= 9 && first <= 11, seen.join(' '));
+  await ask(CART, 'roundrobin', 60);
+  const counts = await until('the choices are counted', 60_000, async () => {
+    const seen = await Promise.all([1, 2].map((n) => counter(`chosen_${CART}/${n} roundrobin`)));
+    return seen[0]! + seen[1]! >= 60 ? seen : undefined;
+  });
+  assert.ok(Math.abs(counts[0]! - counts[1]!) <= 4, counts.join(' '));
 });
 
 test('one-way partition: the node is passed over and taken back', async () => {
   await ask(CART, 'closest', 1);
   delayed.cut(2, 1);
   await becomes('n2 is passed over', CART, 'closest', { n2: 0, n3: 100 });
-  assert.equal(await ask(CART, 'closest', 3), ['n3', 'n3', 'n3']);
+  await answers(CART, 'closest', 'n3');
   const { candidates } = await explain(`${CART}.any.closest.local`);
-  assert.is(candidates[0]!.health, 'suspect');
+  assert.match(candidates[0]!.reason, /^node (suspect|dead)/);
   delayed.heal();
   await becomes('n2 is back', CART, 'closest', { n2: 100, n3: 0 });
-  assert.equal(await ask(CART, 'closest', 3), ['n2', 'n2', 'n2']);
+  await answers(CART, 'closest', 'n2');
 });
 
 test('health check: an instance is chosen from when its port answers until it does not', async () => {
@@ -198,7 +229,7 @@ test('health check: an instance is chosen from when its port answers until it do
   await becomes('nobody is healthy', PAY, 'roundrobin', { n2: 0, n3: 0 });
   await listen(3, namespaces[1]!);
   await becomes('n3 listens', PAY, 'roundrobin', { n2: 0, n3: 100 });
-  assert.equal(await ask(PAY, 'closest', 2), ['n3', 'n3']);
+  await answers(PAY, 'closest', 'n3');
   await listen(2, namespaces[0]!);
   await becomes('n2 listens too', PAY, 'closest', { n2: 100, n3: 0 });
   await lab.end(listeners.get(2)!, 'SIGKILL');
@@ -212,33 +243,64 @@ test('health check: an instance is chosen from when its port answers until it do
   await becomes('n2 listens again', PAY, 'closest', { n2: 100, n3: 0 });
 });
 
+test('health command: it runs in the namespace, and its verdict counts; a namespace that goes takes the instance along', async () => {
+  const service = 'shop.prod.flag.v1';
+  const file = join(lab.dir, 'flag');
+  await apply(service, {
+    health: { command: ['test', '-e', file], intervalMs: 200, timeoutMs: 5_000, fall: 2, rise: 1 },
+  });
+  const netns = await lab.addInstance('flag1');
+  await call(2, 'POST', '/api/v1/instances', { service, instance: 1, netns });
+  await becomes('it has not passed', service, 'roundrobin', { n2: 0 });
+  writeFileSync(file, '');
+  await becomes('it passes', service, 'roundrobin', { n2: 100 });
+  rmSync(file);
+  await becomes('it fails', service, 'roundrobin', { n2: 0 });
+  await must(['ip', 'netns', 'del', netns]);
+  await until('its key is gone', 60_000, async () =>
+    (await lab.etcdctl('get', '--prefix', '--keys-only', `/edgeway/v1/instances/${service}/1`)).trim() === ''
+      ? true
+      : undefined,
+  );
+});
+
 test('instance killed: it is withdrawn from the keyspace, and new flows go elsewhere', async () => {
   await lab.end(processes.get(`${CART} 1`)!, 'SIGKILL');
-  await until('its key is gone', 10_000, async () =>
+  await until('its key is gone', 60_000, async () =>
     (await lab.etcdctl('get', '--prefix', '--keys-only', `/edgeway/v1/instances/${CART}/1`)).trim() === ''
       ? true
       : undefined,
   );
-  await until('flows go to n3', 10_000, async () => only(await ask(CART, 'closest', 3), 'n3'));
+  await answers(CART, 'closest', 'n3');
   await attachProcess(CART, 1, 2);
   await becomes('it is back', CART, 'closest', { n2: 100, n3: 0 });
-  await until('flows go to n2', 10_000, async () => only(await ask(CART, 'closest', 3), 'n2'));
+  await answers(CART, 'closest', 'n2');
 });
 
-test('etcd away: a killed instance and then a killed agent are passed over all the same', async () => {
+test('etcd away: a killed instance and then a killed agent are passed over, and their connections reset', async () => {
+  const toCart = await hold(CART, 'closest');
+  const toPay = await hold(PAY, 'closest');
+  assert.equal([toCart.who, toPay.who], ['n2', 'n2']);
   const rules =
     'table inet cut { chain input { type filter hook input priority 0; tcp dport 2379 iif "under" drop; }; }';
   await must(['ip', 'netns', 'exec', lab.switch, 'nft', rules]);
+  // Cut off first: its kernel would else end the connection in good order.
+  const inside = ['nsenter', '-t', String(processes.get(`${CART} 1`)!.pid), '-n', 'ip'];
+  for (const { ifname } of JSON.parse(await must([...inside, '-j', 'link'])) as { ifname: string }[])
+    if (ifname !== 'lo') await must([...inside, 'link', 'set', ifname, 'down']);
   await lab.end(processes.get(`${CART} 1`)!, 'SIGKILL');
   await becomes('cart 1 is passed over', CART, 'closest', { n2: 0, n3: 100 });
-  assert.equal(await ask(CART, 'closest', 3), ['n3', 'n3', 'n3']);
-  assert.equal(await ask(PAY, 'closest', 3), ['n2', 'n2', 'n2'], 'its node lives');
+  await isReset('the connection to cart 1', toCart);
+  await answers(CART, 'closest', 'n3');
+  await answers(PAY, 'closest', 'n2'); // its node lives
+  assert.not(toPay.log().includes('end'));
   const node = lab.node(2);
   const agent = node.agent!;
   node.agent = undefined;
   await lab.end(agent, 'SIGKILL');
   await becomes('n2 is passed over', PAY, 'closest', { n2: 0, n3: 100 });
-  assert.equal(await ask(PAY, 'closest', 3), ['n3', 'n3', 'n3']);
+  await answers(PAY, 'closest', 'n3');
+  await isReset('the connection to pay 1', toPay);
 });
 
 test.run();

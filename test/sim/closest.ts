@@ -15,12 +15,12 @@ export interface ClosestResult {
   readonly bad: number;
 }
 
-/** Fifty nodes each (the grid 49). */
+/** Fifty nodes each; the last of the grid begins an eighth row. */
 export const TOPOLOGIES: readonly (readonly [string, (seed: number) => Truth])[] = [
   ['sites', (seed) => sites(50, 8, 80, seed)],
   ['random', (seed) => random(50, 60, 20, seed)],
   ['line', () => line(50, 3)],
-  ['grid', () => grid(49, 7)],
+  ['grid', () => grid(50, 7)],
   ['circle', () => circle(50, 60)],
   ['split', () => split(50, 0.8, 30)],
 ];

@@ -7,9 +7,9 @@ import { sites } from './truth.ts';
 import { World } from './world.ts';
 
 export interface OverloadResult {
-  /** Share of the new flows that go elsewhere, in the second that ends 5 s after the overload began. */
+  /** Share of the new flows that go elsewhere, in the three seconds that begin 5 s after the overload did … */
   readonly shareElsewhereAfter5s: number;
-  /** Share of the flows that the overloaded instance would have had and that go elsewhere. */
+  /** … and of those that the overloaded instance would have had: what the overload moved. */
   readonly moved: number;
   /** Times that another instance overtook the one with most flows by SWITCH_MARGIN of all flows in one second. */
   readonly switches: number;
@@ -78,7 +78,7 @@ export function overload(options: {
 
   const after = perSecond.slice(Math.floor(startMs / 1000));
   const total = (second: Map<number, number>): number => [...second.values()].reduce((a, b) => a + b, 0);
-  const fifth = after[4]!;
+  const then = after.slice(5, 8);
   let switches = 0;
   let leader: number | undefined;
   for (const second of after.slice(0, SECONDS)) {
@@ -91,11 +91,13 @@ export function overload(options: {
     }
   }
   const share = (second: Map<number, number>): number => (second.get(victim) ?? 0) / total(second);
-  const before = perSecond.slice(Math.floor(startMs / 1000) - 5, Math.floor(startMs / 1000));
-  const usual = before.reduce((sum, second) => sum + share(second), 0) / before.length;
+  const mean = (list: readonly Map<number, number>[]): number =>
+    list.reduce((sum, second) => sum + share(second), 0) / list.length;
+  const usual = mean(perSecond.slice(Math.floor(startMs / 1000) - 5, Math.floor(startMs / 1000)));
+  const left = mean(then);
   return {
-    shareElsewhereAfter5s: 1 - share(fifth),
-    moved: usual > 0 ? 1 - share(fifth) / usual : 1,
+    shareElsewhereAfter5s: 1 - left,
+    moved: 1 - left / usual,
     switches,
     seconds: SECONDS,
     worstLoad,

@@ -352,7 +352,7 @@ test('a node that is dead: as if its instances had gone, and a node that is not 
 test('the sweep marks the nodes that flows lead to, until their last flow has ended', () => {
   const one = new NodeUnderTest(1);
   one.apply(cartCommand(1, [1]));
-  const peer = one.proxy.routes.peerOf(a('172.16.0.128'))!;
+  const peer = one.proxy.routes.peers.get(a('172.16.0.128'))!;
   const out = (flags: number): string => one.leave(tcp({ source: CLIENT, target: CART_RR }, flags));
   one.proxy.tick(100, one.now);
   assert.is(peer.flowMs, Number.NEGATIVE_INFINITY);
