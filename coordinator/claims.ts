@@ -8,8 +8,12 @@
 // next try recognises it. A node remembers its subnet on disk too; one that lost its disk after its cluster was
 // granted more blocks may claim another, and the old one goes with its tenure.
 //
+// A node id belongs to one host of one cluster: every claim of a subnet writes or compares `hosts/<node>` in the same
+// transaction, and so does whatever is published, so that hosts which were given one id cannot share what it holds.
+//
 // A released address rests: its value says so and a lease of `quarantineS` takes it away, so nobody else is given it
-// while a peer may still hold a flow to its last owner; the last holder itself may take it up again at once.
+// while a peer may still hold a flow to its last owner; the last holder itself may take it up again at once. What tenure
+// frees needs no rest: nobody has published it since presence ended, which is longer ago than the quarantine.
 import {
   type Cidr,
   contains,
@@ -20,13 +24,14 @@ import {
   overlaps,
   sizeOf,
 } from '../src/addr.ts';
-import { EdgewayError, unwrap } from '../src/error.ts';
+import { EdgewayError, type Result, unwrap } from '../src/error.ts';
 import { hash32 } from '../src/hash.ts';
 import type { Keys } from '../src/keys.ts';
 import { CLAIM_PROBES, CLAIM_TRIES_MAX, PORT_MAPPINGS_MAX } from '../src/limits.ts';
 import {
   type AddressOwner,
   type Descriptor,
+  type Host,
   type Instance,
   type NetworkConfig,
   type Node,
@@ -50,6 +55,7 @@ import {
   decodeAddress,
   decodeBlock,
   decodeConfig,
+  decodeHost,
   decodeInstance,
   decodeNode,
   decodePort,
@@ -59,6 +65,7 @@ import {
   encodeAddress,
   encodeConfig,
   encodeExposed,
+  encodeHost,
   encodeInstance,
   encodeNode,
   encodePort,
@@ -92,9 +99,14 @@ export interface SubnetWish {
   readonly avoid?: readonly Cidr[];
   /** Salt of the order in which candidates are tried; the node id is part of it anyway. */
   readonly seed?: number;
-  /** The node's tenure lease when it has one; otherwise one is granted. */
+  /** The node's tenure lease when it has one; otherwise one is granted, and ended again when the claim is refused. */
   readonly lease?: LeaseId;
-  /** Where the node is reached: another live node of the same id elsewhere is a conflict, not a predecessor. */
+}
+
+/** Who claims. `nodeIp`: where the node is reached; without it, hosts of one cluster and id cannot be told apart. */
+export interface Claimant {
+  readonly node: string;
+  readonly cluster: string;
   readonly nodeIp?: Ipv4;
 }
 
@@ -110,13 +122,36 @@ export interface SubnetClaim {
  * Claims a node subnet, or confirms the one that the node holds. Rejects `subnet_taken` naming the holder (only with
  * `exact`), `address_not_in_plan`, `subnets_exhausted`, `conflict` (node id in use elsewhere, or every candidate of
  * a bounded number was snatched away), and whatever the store rejects with.
+ *
+ * Of two hosts with one id that join together, the later one gets the claim and the earlier one meets `conflict` when
+ * it publishes itself: until then nothing says that it lives.
  */
 export async function claimSubnet(
   kv: Kv,
   keys: Keys,
   config: NetworkConfig,
-  owner: SubnetOwner,
+  owner: Claimant,
   wish: SubnetWish = {},
+): Promise<SubnetClaim> {
+  if (wish.lease !== undefined) return findSubnet(kv, keys, config, owner, wish, wish.lease);
+  const lease = await kv.grant(config.tenureTtlS);
+  try {
+    return await findSubnet(kv, keys, config, owner, wish, lease);
+  } catch (error) {
+    // With the outcome unknown the claim may hang on it, and with it what this node runs.
+    if (error instanceof EdgewayError && error.code !== 'coordination_unavailable')
+      await kv.revoke(lease).catch(() => {});
+    throw error;
+  }
+}
+
+async function findSubnet(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  owner: Claimant,
+  wish: SubnetWish,
+  lease: LeaseId,
 ): Promise<SubnetClaim> {
   const { plan } = config;
   const avoided = (subnet: Cidr): Cidr | undefined => wish.avoid?.find((route) => overlaps(route, subnet));
@@ -129,9 +164,9 @@ export async function claimSubnet(
         `subnet ${formatCidr(wish.exact)} collides with this host's route ${formatCidr(route)}`,
       );
   }
-  const lease = wish.lease ?? (await kv.grant(config.tenureTtlS));
+  const host = await hostTerms(kv, keys, owner, lease);
   const attempt = async (subnet: Cidr): Promise<number | SubnetOwner> =>
-    tryClaimSubnet(kv, keys, subnet, owner, lease, wish.nodeIp);
+    tryClaimSubnet(kv, keys, subnet, owner, lease, host);
 
   if (wish.exact !== undefined) {
     const result = await attempt(wish.exact);
@@ -189,45 +224,126 @@ async function tryClaimSubnet(
   kv: Kv,
   keys: Keys,
   subnet: Cidr,
-  owner: SubnetOwner,
+  owner: Claimant,
   lease: LeaseId,
-  nodeIp: Ipv4 | undefined,
+  known: Terms,
 ): Promise<number | SubnetOwner> {
   const key = keys.build({ kind: 'subnet', subnet });
   const put: Operation = { kind: 'put', key, value: encodeSubnet(plainOwner(owner)), lease };
+  let host = known;
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
-    const claimed = await kv.txn([{ key, createRevision: 0 }], [put]);
+    const claimed = await kv.txn([{ key, createRevision: 0 }, ...host.compares], [put, ...host.operations]);
     if (claimed.succeeded) return claimed.revision;
     const [entry] = claimed.seen;
-    if (entry === undefined) continue;
-    const holder = decodeSubnet(entry.value);
-    // A value that nobody can read is still somebody's claim: the key is what counts.
-    if (!holder.ok) return { node: '(unreadable claim)', cluster: '?' };
-    if (holder.value.node !== owner.node || holder.value.cluster !== owner.cluster) return holder.value;
-    const unchanged: Compare = { key, modRevision: entry.modRevision };
-    if (holder.value.resting === true) {
-      // A new tenancy needs a new epoch, which only a new key has.
-      await kv.txn([unchanged], [{ kind: 'delete', key }]);
-      continue;
+    if (entry !== undefined) {
+      const holder = decodeSubnet(entry.value);
+      // A value that nobody can read is still somebody's claim: the key is what counts.
+      if (!holder.ok) return { node: '(unreadable claim)', cluster: '?' };
+      if (!sameNode(holder.value, owner)) return holder.value;
+      // One that rests is taken up in place: deleted first, it would be anybody's for a moment.
+      const stands = entry.lease === lease && holder.value.resting !== true;
+      if (stands && host.operations.length === 0) return entry.createRevision;
+      const unchanged: Compare = { key, modRevision: entry.modRevision };
+      const kept = await kv.txn([unchanged, ...host.compares], [put, ...host.operations]);
+      if (kept.succeeded) return entry.createRevision;
     }
-    await refuseTwin(kv, keys, owner, nodeIp);
-    if (entry.lease === lease) return entry.createRevision;
-    if ((await kv.txn([unchanged], [put])).succeeded) return entry.createRevision;
+    host = await hostTerms(kv, keys, owner, lease);
   }
   throw conflict(key);
 }
 
-/** Two hosts that were given one node id must not share a subnet. */
-async function refuseTwin(kv: Kv, keys: Keys, owner: SubnetOwner, nodeIp: Ipv4 | undefined): Promise<void> {
-  if (nodeIp === undefined) return;
-  const entry = await kv.get(keys.build({ kind: 'node', cluster: owner.cluster, node: owner.node }));
-  const node = entry === undefined ? undefined : decodeNode(entry.value);
-  if (node?.ok && node.value.nodeIp !== nodeIp)
+/** Part of a transaction. */
+interface Terms {
+  readonly compares: readonly Compare[];
+  readonly operations: readonly Operation[];
+}
+
+/**
+ * What makes the node id this host's: its entry among the hosts, under the tenure lease. Rejects `conflict` when it is
+ * another's. A host of the same cluster that is not published is taken for a predecessor that had another address.
+ */
+async function hostTerms(kv: Kv, keys: Keys, owner: Claimant, lease: LeaseId): Promise<Terms> {
+  const { node, cluster, nodeIp } = owner;
+  const key = keys.build({ kind: 'host', node });
+  const entry = await kv.get(key);
+  const put: Operation = {
+    kind: 'put',
+    key,
+    value: encodeHost({ cluster, ...(nodeIp === undefined ? {} : { nodeIp }) }),
+    lease,
+  };
+  const compares: Compare[] = [
+    entry === undefined ? { key, createRevision: 0 } : { key, modRevision: entry.modRevision },
+  ];
+  const held = entry === undefined ? undefined : unwrap(readHost(entry));
+  const sameHost = held?.nodeIp !== undefined && held.nodeIp === nodeIp;
+  if (held !== undefined && held.cluster !== cluster && !sameHost)
     throw new EdgewayError(
       'conflict',
-      `node id ${owner.node} is in use by a live node at ${formatIpv4(node.value.nodeIp)}; this host is ${formatIpv4(nodeIp)}`,
+      `node id ${node} belongs to ${describeHost(held)}: ids are unique in the platform, not in a cluster`,
     );
+  if (nodeIp !== undefined && !sameHost) {
+    const nodeKey = keys.build({ kind: 'node', cluster, node });
+    const published = await kv.get(nodeKey);
+    const live = published === undefined ? undefined : decodeNode(published.value);
+    if (live?.ok && live.value.nodeIp !== nodeIp)
+      throw new EdgewayError(
+        'conflict',
+        `node id ${node} is in use by a live node at ${formatIpv4(live.value.nodeIp)}; this host is ${formatIpv4(nodeIp)}`,
+      );
+    compares.push(
+      published === undefined
+        ? { key: nodeKey, createRevision: 0 }
+        : { key: nodeKey, modRevision: published.modRevision },
+    );
+  }
+  const stands =
+    entry !== undefined && entry.lease === lease && held?.cluster === cluster && held.nodeIp === nodeIp;
+  return { compares, operations: stands ? [] : [put] };
 }
+
+/** What must hold while a node publishes something: its subnet is its own with that epoch, and its id this host's. */
+async function publishing(
+  kv: Kv,
+  keys: Keys,
+  subnet: Cidr,
+  { node, cluster, nodeIp, epoch }: Pick<Node, 'node' | 'cluster' | 'nodeIp' | 'epoch'>,
+): Promise<Compare[]> {
+  const subnetKey = keys.build({ kind: 'subnet', subnet });
+  const hostKey = keys.build({ kind: 'host', node });
+  const [claim, host] = await Promise.all([kv.get(subnetKey), kv.get(hostKey)]);
+  const holder = claim === undefined ? undefined : decodeSubnet(claim.value);
+  if (
+    claim?.createRevision !== epoch ||
+    (holder?.ok && (holder.value.resting === true || !sameNode(holder.value, { node, cluster })))
+  )
+    throw new EdgewayError(
+      'lease_lost',
+      `this node no longer holds subnet ${formatCidr(subnet)}; register again`,
+    );
+  const held = host === undefined ? undefined : unwrap(readHost(host));
+  if (held !== undefined && (held.cluster !== cluster || (held.nodeIp ?? nodeIp) !== nodeIp))
+    throw new EdgewayError(
+      'conflict',
+      `node id ${node} has passed to ${describeHost(held)}; this host is ${formatIpv4(nodeIp)}`,
+    );
+  return [
+    { key: subnetKey, modRevision: claim.modRevision },
+    { key: hostKey, modRevision: host?.modRevision ?? 0 },
+  ];
+}
+
+function readHost({ key, value }: KvEntry): Result<Host> {
+  const host = decodeHost(value);
+  return host.ok ? host : { ok: false, error: recordError(key, host.error) };
+}
+
+function describeHost({ cluster, nodeIp }: Host): string {
+  return `a host of cluster ${cluster}${nodeIp === undefined ? '' : ` at ${formatIpv4(nodeIp)}`}`;
+}
+
+const sameNode = (a: Pick<Node, 'node' | 'cluster'>, b: Pick<Node, 'node' | 'cluster'>): boolean =>
+  a.node === b.node && a.cluster === b.cluster;
 
 /** Keys per look: what is taken near full comes to a few looks instead of one list of the whole plan. */
 const LOOK = 1_000;
@@ -240,7 +356,7 @@ async function findFree(
   keys: Keys,
   plan: Plan,
   candidates: Candidates,
-  owner: SubnetOwner,
+  owner: Claimant,
   round: number,
   avoided: (subnet: Cidr) => Cidr | undefined,
 ): Promise<number[]> {
@@ -282,7 +398,7 @@ async function findCandidates(
   kv: Kv,
   keys: Keys,
   { plan }: NetworkConfig,
-  owner: SubnetOwner,
+  owner: Claimant,
   seed: number,
 ): Promise<Candidates> {
   const mine: Cidr[] = [];
@@ -327,7 +443,7 @@ async function findCandidates(
  * 0 … count-1, each once, in an order of the node's own: another start and another stride for each, as in double
  * hashing, so that nodes which join together do not race along the same run of taken subnets.
  */
-function* strides(count: number, owner: SubnetOwner, seed: number): IterableIterator<number> {
+function* strides(count: number, owner: Claimant, seed: number): IterableIterator<number> {
   const text = `${owner.cluster}/${owner.node}`;
   let stride = count < 3 ? 1 : 1 + (hash32(text, seed ^ 0x5bd1e995) % (count - 1));
   while (gcd(stride, count) > 1) stride = 1 + (stride % (count - 1));
@@ -342,23 +458,37 @@ function gcd(a: number, b: number): number {
   return b === 0 ? a : gcd(b, a % b);
 }
 
-/** Gives a subnet back; it rests before somebody else gets it. Succeeds when it is not the owner's (any more). */
+/** Gives a subnet back, and the node id; it rests before somebody else gets it. Succeeds when it is not the owner's
+ *  (any more). */
 export async function releaseSubnet(
   kv: Kv,
   keys: Keys,
   config: NetworkConfig,
-  owner: SubnetOwner,
+  owner: Claimant,
   subnet: Cidr,
 ): Promise<void> {
   const key = keys.build({ kind: 'subnet', subnet });
+  const hostKey = keys.build({ kind: 'host', node: owner.node });
   const rest = restOf(kv, config);
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
-    const entry = await kv.get(key);
+    const [entry, host] = await Promise.all([kv.get(key), kv.get(hostKey)]);
     const holder = entry === undefined ? undefined : decodeSubnet(entry.value);
     if (entry === undefined || !holder?.ok || holder.value.resting === true) return;
-    if (holder.value.node !== owner.node || holder.value.cluster !== owner.cluster) return;
+    if (!sameNode(holder.value, owner)) return;
+    const held = host === undefined ? undefined : decodeHost(host.value);
+    if (held !== undefined) {
+      if (!held.ok || held.value.cluster !== owner.cluster) return;
+      if ((held.value.nodeIp ?? owner.nodeIp) !== (owner.nodeIp ?? held.value.nodeIp)) return;
+    }
     const operation = await rest(key, (resting) => encodeSubnet({ ...plainOwner(owner), ...resting }));
-    if ((await kv.txn([{ key, modRevision: entry.modRevision }], [operation])).succeeded) return;
+    const { succeeded } = await kv.txn(
+      [
+        { key, modRevision: entry.modRevision },
+        { key: hostKey, modRevision: host?.modRevision ?? 0 },
+      ],
+      [operation, { kind: 'delete', key: hostKey }],
+    );
+    if (succeeded) return;
   }
   throw conflict(key);
 }
@@ -541,7 +671,7 @@ export async function claimInstance(
 ): Promise<{ readonly instanceIp: Ipv4; readonly revision: number }> {
   const { service, instance, node } = wish;
   checkWanted(config, wish.wanted);
-  await refuseOtherNode(keys, await kv.get(keys.build({ kind: 'instance', service, instance })), node);
+  refuseOtherNode(keys, await kv.get(keys.build({ kind: 'instance', service, instance })), node);
   const owner: AddressOwner = { kind: 'instance', service, instance, node };
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
     const slot = await findAddress(kv, keys, config, owner, {
@@ -575,19 +705,15 @@ export async function publishInstance(
   lease: LeaseId,
 ): Promise<number> {
   const key = keys.build({ kind: 'instance', service: instance.service, instance: instance.instance });
-  const fence: Compare = {
-    key: keys.build({ kind: 'subnet', subnet }),
-    createRevision: instance.epoch,
-  };
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const fence = await publishing(kv, keys, subnet, instance);
     const entry = await kv.get(key);
-    await refuseOtherNode(keys, entry, instance.node);
+    refuseOtherNode(keys, entry, instance.node);
     const unchanged: Compare =
       entry === undefined ? { key, createRevision: 0 } : { key, modRevision: entry.modRevision };
     const put: Operation = { kind: 'put', key, value: encodeInstance(instance), lease };
-    const result = await kv.txn([fence, unchanged], [put]);
+    const result = await kv.txn([...fence, unchanged], [put]);
     if (result.succeeded) return result.revision;
-    await checkFence(kv, fence, subnet);
   }
   throw conflict(key);
 }
@@ -634,25 +760,18 @@ export async function releaseInstance(
   throw conflict(key);
 }
 
-/** Makes the node visible under its presence lease, provided that its subnet is still its own. Returns the revision. */
+/**
+ * Makes the node visible under its presence lease, provided that its subnet is still its own. Returns the revision.
+ * Rejects `lease_lost` when it is not, and `conflict` naming the host that has the node id by now.
+ */
 export async function publishNode(kv: Kv, keys: Keys, node: Node, lease: LeaseId): Promise<number> {
-  const fence: Compare = {
-    key: keys.build({ kind: 'subnet', subnet: node.subnet }),
-    createRevision: node.epoch,
-  };
   const key = keys.build({ kind: 'node', cluster: node.cluster, node: node.node });
-  const result = await kv.txn([fence], [{ kind: 'put', key, value: encodeNode(node), lease }]);
-  if (result.succeeded) return result.revision;
-  await checkFence(kv, fence, node.subnet);
+  for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
+    const fence = await publishing(kv, keys, node.subnet, node);
+    const result = await kv.txn(fence, [{ kind: 'put', key, value: encodeNode(node), lease }]);
+    if (result.succeeded) return result.revision;
+  }
   throw conflict(key);
-}
-
-/** Takes the node's record away; succeeds when it is gone. */
-export async function withdrawNode(kv: Kv, keys: Keys, node: Pick<Node, 'node' | 'cluster'>): Promise<void> {
-  await kv.txn(
-    [],
-    [{ kind: 'delete', key: keys.build({ kind: 'node', cluster: node.cluster, node: node.node }) }],
-  );
 }
 
 /** Who holds a ServiceIP or InstanceIP; undefined when nobody does, or the claim rests or cannot be read. */
@@ -755,7 +874,7 @@ function restOf(
   };
 }
 
-async function refuseOtherNode(keys: Keys, entry: KvEntry | undefined, node: string): Promise<void> {
+function refuseOtherNode(keys: Keys, entry: KvEntry | undefined, node: string): void {
   if (entry === undefined) return;
   const key = keys.parse(entry.key);
   if (!key.ok || key.value.kind !== 'instance') return;
@@ -765,15 +884,6 @@ async function refuseOtherNode(keys: Keys, entry: KvEntry | undefined, node: str
     throw new EdgewayError(
       'instance_exists',
       `instance ${key.value.instance} of ${key.value.service} lives on node ${held.value.node}`,
-    );
-}
-
-async function checkFence(kv: Kv, fence: Compare, subnet: Cidr): Promise<void> {
-  const claim = await kv.get(fence.key);
-  if (claim === undefined || ('createRevision' in fence && claim.createRevision !== fence.createRevision))
-    throw new EdgewayError(
-      'lease_lost',
-      `this node no longer holds subnet ${formatCidr(subnet)}; register again`,
     );
 }
 
@@ -789,7 +899,7 @@ function addressKey(keys: Keys, address: Ipv4): string {
   return keys.build({ kind: 'address', address });
 }
 
-function plainOwner(owner: SubnetOwner): SubnetOwner {
+function plainOwner(owner: Claimant): SubnetOwner {
   return { node: owner.node, cluster: owner.cluster };
 }
 

@@ -55,6 +55,10 @@ export class MemoryStore {
   get compacted(): number {
     return this.#compacted;
   }
+  /** Leases that live. */
+  get leases(): number {
+    return this.#leases.size;
+  }
 
   connect(): MemoryKv {
     const client = new MemoryKv(this, (gone) => this.#clients.delete(gone));

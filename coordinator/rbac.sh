@@ -42,6 +42,7 @@ case "$kind" in
   node)
     cluster="$1"; node="$2"; subnet="$3"; slice="$4"; shift 4
     exactly readwrite "nodes/$cluster/$node"
+    exactly readwrite "hosts/$node"
     exactly readwrite "subnets/$subnet"
     below readwrite "addresses/$slice."
     for service in "$@"; do below readwrite "instances/$service/"; done

@@ -528,13 +528,12 @@ export class Agent implements NodeControl {
       const network = kept?.network ?? (await ensureConfig(kv, keys, this.#parts.network));
       const { plan, mtu } = network;
       const exact = subnetwork === undefined ? undefined : unwrap(parseSubnetwork(subnetwork, plan.nodeBits));
-      const owner = { node: config.node, cluster: config.cluster };
+      const owner = { node: config.node, cluster: config.cluster, nodeIp };
       const avoid = await environment.hostRoutes();
       const claim =
         kept?.claim ??
         (await claimSubnet(kv, keys, network, owner, {
           avoid,
-          nodeIp,
           ...(exact === undefined ? {} : { exact }),
         }));
       if (kept === undefined)
@@ -614,7 +613,7 @@ export class Agent implements NodeControl {
       });
       undo.push('presence', () => presence.stop(kept === undefined));
       this.#alonePhase = kept !== undefined;
-      if (kept === undefined) await presence.held(limits.READ_YOUR_WRITES_MS);
+      if (kept === undefined) await this.#publishNode(await presence.held(limits.READ_YOUR_WRITES_MS), claim);
       const steering = await this.#steer(network, claim, loop, presence);
       undo.push('steering', async () => steering.stop());
       const northSouth = new NorthSouth({
@@ -682,9 +681,9 @@ export class Agent implements NodeControl {
   async #renewTenure(lease: LeaseId, claim: SubnetClaim, network: NetworkConfig): Promise<void> {
     if (lease === claim.lease) return;
     const { kv, keys, config, nodeIp } = this.#parts;
-    const owner = { node: config.node, cluster: config.cluster };
+    const owner = { node: config.node, cluster: config.cluster, nodeIp };
     try {
-      const again = await claimSubnet(kv, keys, network, owner, { exact: claim.subnet, lease, nodeIp });
+      const again = await claimSubnet(kv, keys, network, owner, { exact: claim.subnet, lease });
       if (again.epoch !== claim.epoch) throw new EdgewayError('lease_lost', 'the subnet was free meanwhile');
       const holding = this.#ingress === undefined ? [] : [this.#ingress];
       for (const { service, instance, instanceIp } of [...this.#hosted.values(), ...holding]) {

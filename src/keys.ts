@@ -17,6 +17,8 @@ export type Key =
   | { readonly kind: 'clusterLeader'; readonly cluster: string }
   | { readonly kind: 'subnet'; readonly subnet: Cidr }
   | { readonly kind: 'node'; readonly cluster: string; readonly node: string }
+  /** Says which host has a node id: there is one name space of them for all clusters. */
+  | { readonly kind: 'host'; readonly node: string }
   | { readonly kind: 'service'; readonly service: ServiceId }
   /** Says that a service is exposed, so that every node can publish its ports without following all services. */
   | { readonly kind: 'exposed'; readonly service: ServiceId }
@@ -43,6 +45,7 @@ export type Subtree =
   | 'clusters'
   | 'subnets'
   | 'nodes'
+  | 'hosts'
   | 'services'
   | 'exposed'
   | 'addresses'
@@ -84,6 +87,8 @@ export class Keys {
         return `${this.root}/subnets/${formatCidr(key.subnet)}`;
       case 'node':
         return `${this.root}/nodes/${key.cluster}/${key.node}`;
+      case 'host':
+        return `${this.root}/hosts/${key.node}`;
       case 'service':
         return `${this.root}/services/${key.service}`;
       case 'exposed':
@@ -126,6 +131,8 @@ export class Keys {
       if (rest.length !== 2 || b === undefined || !ID_PATTERN.test(a) || !ID_PATTERN.test(b)) return foreign;
       return ok({ kind: 'node', cluster: a, node: b });
     }
+    if (subtree === 'hosts')
+      return rest.length === 1 && ID_PATTERN.test(a) ? ok({ kind: 'host', node: a }) : foreign;
     if (subtree === 'services' || subtree === 'exposed') {
       if (rest.length !== 1) return foreign;
       const service = parseServiceId(a);

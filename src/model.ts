@@ -161,6 +161,13 @@ export interface SubnetOwner {
   readonly resting?: boolean;
 }
 
+/** The host that has a node id, for as long as its tenure lasts. */
+export interface Host {
+  readonly cluster: string;
+  /** What tells two hosts with one id apart; absent when the node did not say. */
+  readonly nodeIp?: Ipv4;
+}
+
 /** Who acts in a role. The key's create revision is the role's fence. */
 export interface Leader {
   /** Id of the process that holds the role: its node id, or what a standalone coordinator was given. */

@@ -14,6 +14,7 @@ import type {
   Descriptor,
   HealthCheck,
   HealthProbe,
+  Host,
   Instance,
   Leader,
   NetworkConfig,
@@ -266,6 +267,7 @@ const subnetSchema = v.object({
   cluster: idSchema,
   resting: v.exactOptional(v.boolean()),
 });
+const hostSchema = v.object({ ...versionEntry, cluster: idSchema, nodeIp: v.optional(ipv4Schema) });
 const leaderSchema = v.object({ ...versionEntry, holder: idSchema });
 const blockSchema = v.object({ ...versionEntry, cluster: idSchema });
 const clusterSchema = v.object({
@@ -429,6 +431,14 @@ export function decodeSubnet(text: string): Result<SubnetOwner> {
   return strip(decode(subnetSchema, text));
 }
 
+export function encodeHost({ cluster, nodeIp }: Host): string {
+  return print({ cluster, ...(nodeIp === undefined ? {} : { nodeIp: formatIpv4(nodeIp) }) });
+}
+export function decodeHost(text: string): Result<Host> {
+  const record = strip(decode(hostSchema, text));
+  return record.ok ? ok(compact(record.value)) : record;
+}
+
 export function encodeLeader(leader: Leader): string {
   return print(leader);
 }
@@ -468,6 +478,7 @@ export interface RecordValues {
   readonly clusterLeader: Leader;
   readonly subnet: SubnetOwner;
   readonly node: Node;
+  readonly host: Host;
   readonly service: Service;
   readonly exposed: Record<string, never>;
   readonly address: AddressOwner;
@@ -511,6 +522,8 @@ export function decodeRecord(key: Key, text: string): Result<KeyRecord> {
           `node ${key.node} of cluster ${key.cluster}`,
         ),
       );
+    case 'host':
+      return record({ kind: key.kind, key }, decodeHost(text));
     case 'service':
       return record({ kind: key.kind, key }, decodeService(text, key.service));
     case 'exposed':

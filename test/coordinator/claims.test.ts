@@ -2,6 +2,7 @@ import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import {
   applyService,
+  type Claimant,
   claimInstance,
   claimSubnet,
   deleteService,
@@ -10,6 +11,7 @@ import {
   publishNode,
   releaseInstance,
   releaseSubnet,
+  type SubnetClaim,
 } from '../../coordinator/claims.ts';
 import type { Kv, TxnResult } from '../../coordinator/kv.ts';
 import { type MemoryKv, MemoryStore } from '../../coordinator/memory.ts';
@@ -47,6 +49,10 @@ function world(): { store: MemoryStore; kv: MemoryKv; pass: (ms: number) => void
   };
 }
 const owner = (id: string, cluster = 'lab') => ({ node: id, cluster });
+const at = (id: string, nodeIp: string, cluster = 'lab'): Claimant => ({
+  ...owner(id, cluster),
+  nodeIp: ip(nodeIp),
+});
 const addressKey = (text: string) => keys.build({ kind: 'address', address: ip(text) });
 
 test('ensureConfig writes the plan once; the second caller gets what is there', async () => {
@@ -178,21 +184,95 @@ test('claimSubnet: all of a plan can be claimed by racing nodes, none twice, and
 
 test('claimSubnet refuses a second live host with the same node id', async () => {
   const { kv } = world();
-  const claim = await claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.1') });
+  const [one, two] = [at('n1', '10.0.0.1'), at('n1', '10.0.0.2')];
+  const claim = await claimSubnet(kv, keys, config, one);
   const here = node('n1', 0, { nodeIp: ip('10.0.0.1'), subnet: claim.subnet, epoch: claim.epoch });
   const presence = await kv.grant(15);
   await publishNode(kv, keys, here, presence);
-  await claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.1') });
-  const error = await rejectsWith('conflict', () =>
-    claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.2') }),
-  );
+  await claimSubnet(kv, keys, config, one);
+  const error = await rejectsWith('conflict', () => claimSubnet(kv, keys, config, two));
   assert.match(error.message, 'in use by a live node at 10.0.0.1');
   await kv.revoke(presence);
-  await claimSubnet(kv, keys, config, owner('n1'), { nodeIp: ip('10.0.0.2') });
+  await claimSubnet(kv, keys, config, two);
+  const late = await rejectsWith('conflict', async () => publishNode(kv, keys, here, await kv.grant(15)));
+  assert.match(late.message, 'node id n1 has passed to a host of cluster lab at 10.0.0.2');
+  await rejectsWith('conflict', async () =>
+    publishInstance(kv, keys, claim.subnet, instance(here, CART, 1), await kv.grant(15)),
+  );
 });
 
-test('releaseSubnet lets it rest for others; its last holder gets it back with a greater epoch', async () => {
+test('two hosts with one node id that join together: exactly one is published, whatever their order', async () => {
+  for (const order of ['claim claim publish publish', 'claim publish claim publish', 'together']) {
+    const { store, kv } = world();
+    const hosts = [at('n1', '10.0.0.1'), at('n1', '10.0.0.2')];
+    const claims = new Map<Claimant, SubnetClaim>();
+    const claim = async (host: Claimant) => {
+      claims.set(host, await claimSubnet(store.connect(), keys, config, host));
+    };
+    const publish = async (host: Claimant) => {
+      const held = claims.get(host);
+      if (held === undefined) throw new EdgewayError('conflict', 'its claim was refused');
+      const record = node('n1', 0, { nodeIp: host.nodeIp!, subnet: held.subnet, epoch: held.epoch });
+      await publishNode(kv, keys, record, await kv.grant(15));
+    };
+    const outcomes: PromiseSettledResult<void>[] = [];
+    if (order === 'together')
+      outcomes.push(
+        ...(await Promise.allSettled(hosts.map((host) => claim(host).then(() => publish(host))))),
+      );
+    else {
+      const turns = { claim: [...hosts], publish: [...hosts] };
+      for (const step of order.split(' ') as ('claim' | 'publish')[]) {
+        const host = turns[step].shift()!;
+        const [outcome] = await Promise.allSettled([step === 'claim' ? claim(host) : publish(host)]);
+        if (step === 'publish') outcomes.push(outcome);
+        else if (outcome.status === 'rejected') assert.is(outcome.reason.code, 'conflict');
+      }
+    }
+    assert.is(outcomes.filter(({ status }) => status === 'fulfilled').length, 1, order);
+    // The one that was refused undoes its join, which takes nothing from the other.
+    const winner = hosts[outcomes.findIndex(({ status }) => status === 'fulfilled')]!;
+    const loser = hosts.find((host) => host !== winner)!;
+    const { subnet } = claims.get(winner)!;
+    await releaseSubnet(kv, keys, config, loser, subnet);
+    const held = await kv.get(keys.build({ kind: 'subnet', subnet }));
+    assert.equal(unwrap(decodeSubnet(held?.value ?? '')), owner('n1'), order);
+  }
+});
+
+test('a node id belongs to one cluster: another’s node of that id is refused while the first has its tenure', async () => {
   const { kv, pass } = world();
+  const mine = at('edge-1', '10.0.0.1');
+  const claim = await claimSubnet(kv, keys, config, mine);
+  for (const other of [at('edge-1', '10.0.0.2', 'west'), owner('edge-1', 'west')]) {
+    const error = await rejectsWith('conflict', () => claimSubnet(kv, keys, config, other));
+    assert.match(error.message, 'node id edge-1 belongs to a host of cluster lab at 10.0.0.1');
+  }
+  assert.is((await kv.keys(keys.prefix('subnets'))).length, 1);
+  const moved = await claimSubnet(kv, keys, config, { ...mine, cluster: 'west' });
+  assert.is.not(moved.subnet.base, claim.subnet.base, 'the same host may change its cluster');
+  await releaseSubnet(kv, keys, config, { ...mine, cluster: 'west' }, moved.subnet);
+  const third = await claimSubnet(kv, keys, config, at('edge-1', '10.0.0.3', 'north'));
+  await rejectsWith('conflict', () => claimSubnet(kv, keys, config, mine));
+  await kv.txn([], [put(keys.build({ kind: 'host', node: 'edge-1' }), 'scribble')]);
+  await rejectsWith('invalid_record', () => claimSubnet(kv, keys, config, mine));
+  await kv.revoke(third.lease);
+  pass(config.tenureTtlS * 1_000 + 1);
+  await rejectsWith('invalid_record', () => claimSubnet(kv, keys, config, mine));
+});
+
+test('claimSubnet leaves no lease behind when it refuses', async () => {
+  const { kv, store } = world();
+  const exact = cidr('172.16.3.64/26');
+  await claimSubnet(kv, keys, config, owner('n1'), { exact });
+  const before = store.leases;
+  await rejectsWith('subnet_taken', () => claimSubnet(kv, keys, config, owner('n2'), { exact }));
+  await rejectsWith('conflict', () => claimSubnet(kv, keys, config, owner('n1', 'west')));
+  assert.is(store.leases, before);
+});
+
+test('releaseSubnet lets it rest for others; its last holder takes it up again, without a moment in which it is anybody’s', async () => {
+  const { kv, store, pass } = world();
   const exact = cidr('172.16.3.64/26');
   const first = await claimSubnet(kv, keys, config, owner('n1'), { exact });
   await releaseSubnet(kv, keys, config, owner('n2'), exact);
@@ -205,8 +285,14 @@ test('releaseSubnet lets it rest for others; its last holder gets it back with a
     claimSubnet(kv, keys, config, owner('n2'), { exact }),
   );
   assert.match(resting.message, 'rests');
+  const presence = await kv.grant(15);
+  await rejectsWith('lease_lost', () =>
+    publishNode(kv, keys, node('n1', 1, { subnet: exact, epoch: first.epoch }), presence),
+  );
+  const { revision } = store;
   const back = await claimSubnet(kv, keys, config, owner('n1'), { exact });
-  assert.ok(back.epoch > first.epoch);
+  assert.is(back.epoch, first.epoch, 'the same holder goes on');
+  assert.is(store.revision, revision + 1, 'in one transaction');
   await releaseSubnet(kv, keys, config, owner('n1'), exact);
   pass(config.quarantineS * 1000 + 1);
   assert.equal((await claimSubnet(kv, keys, config, owner('n2'), { exact })).subnet, exact);

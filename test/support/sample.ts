@@ -94,6 +94,7 @@ export const anyKey: fc.Arbitrary<Key> = fc.oneof(
   anyId.map((cluster) => ({ kind: 'clusterLeader', cluster }) as const),
   anyCidr.map((subnet) => ({ kind: 'subnet', subnet }) as const),
   fc.tuple(anyId, anyId).map(([cluster, node]) => ({ kind: 'node', cluster, node }) as const),
+  anyId.map((node) => ({ kind: 'host', node }) as const),
   anyServiceId.map((service) => ({ kind: 'service', service }) as const),
   anyServiceId.map((service) => ({ kind: 'exposed', service }) as const),
   anyIpv4.map((address) => ({ kind: 'address', address }) as const),
