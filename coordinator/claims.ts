@@ -72,6 +72,7 @@ import {
   encodeService,
   encodeSubnet,
   recordError,
+  sameService,
 } from '../src/records.ts';
 import type { Compare, Kv, KvEntry, LeaseId, Operation } from './kv.ts';
 
@@ -501,8 +502,8 @@ export interface AppliedService {
 
 /**
  * Creates or changes a service and claims the ServiceIPs that it lacks, in one transaction. Addresses that it has
- * stay unless `wanted` says otherwise; the replaced one rests. Applying the same again changes nothing. Rejects
- * `address_taken` naming the holder, `address_not_in_plan`, `addresses_exhausted`, `conflict`.
+ * stay unless `wanted` says otherwise, even one whose claim cannot be read; the replaced one rests. Applying the same
+ * again changes nothing, and what a record holds beside a service's own fields is kept. Rejects `address_taken` naming the holder, `address_not_in_plan`, `addresses_exhausted`, `conflict`.
  */
 export async function applyService(
   kv: Kv,
@@ -513,6 +514,19 @@ export async function applyService(
   seed = 0,
 ): Promise<AppliedService> {
   const id = unwrap(descriptorId(descriptor));
+  return writeService(kv, keys, config, id, () => descriptor, wanted, seed);
+}
+
+/** `describe` chooses the descriptor for what stands there, from the read that the transaction compares. */
+async function writeService(
+  kv: Kv,
+  keys: Keys,
+  config: NetworkConfig,
+  id: ServiceId,
+  describe: (stands: Result<Service> | undefined) => Descriptor,
+  wanted: Partial<Record<Policy, Ipv4>>,
+  seed = 0,
+): Promise<AppliedService> {
   for (const policy of POLICIES) checkWanted(config, wanted[policy]);
   const distinct = new Set(Object.values(wanted));
   if (distinct.size < Object.values(wanted).length)
@@ -523,6 +537,7 @@ export async function applyService(
     const entry = await kv.get(key);
     const known = entry === undefined ? undefined : decodeService(entry.value, id);
     const before = known?.ok ? known.value : undefined;
+    const descriptor = describe(known);
     const addresses: Partial<Record<Policy, Ipv4>> = {};
     const compares: Compare[] = [
       entry === undefined ? { key, createRevision: 0 } : { key, modRevision: entry.modRevision },
@@ -534,6 +549,7 @@ export async function applyService(
       const slot = await findAddress(kv, keys, config, owner, {
         wanted: wanted[policy],
         had,
+        faithful: true,
         seed,
         except: new Set([...Object.values(addresses), ...distinct]),
       });
@@ -552,12 +568,11 @@ export async function applyService(
     compares.push(...ports.compares);
     operations.push(...ports.operations);
     const service: Service = { id, descriptor, addresses };
-    const value = encodeService(service);
     const exposed = await exposure(kv, keys, id, descriptor.exposed);
     if (exposed !== undefined) operations.push(exposed);
-    if (entry !== undefined && operations.length === 0 && entry.value === value)
+    if (entry !== undefined && operations.length === 0 && before && sameService(before, service))
       return { service, revision: entry.modRevision };
-    operations.push({ kind: 'put', key, value });
+    operations.push({ kind: 'put', key, value: encodeService(service, before && entry?.value) });
     const result = await kv.txn(compares, operations);
     if (result.succeeded) return { service, revision: result.revision };
   }
@@ -589,13 +604,13 @@ export async function ensureService(
   otherwise?: Descriptor,
   wanted: Partial<Record<Policy, Ipv4>> = {},
 ): Promise<AppliedService> {
-  const key = keys.build({ kind: 'service', service: id });
-  const entry = await kv.get(key);
-  const known = entry === undefined ? undefined : decodeService(entry.value, id);
-  if (known !== undefined && !known.ok) throw recordError(key, known.error);
-  const descriptor = known?.value.descriptor ?? otherwise;
-  if (descriptor === undefined) throw new EdgewayError('not_found', `there is no service ${id}`);
-  return applyService(kv, keys, config, descriptor, wanted);
+  const describe = (stands: Result<Service> | undefined): Descriptor => {
+    if (stands?.ok === false) throw recordError(keys.build({ kind: 'service', service: id }), stands.error);
+    const descriptor = stands?.value.descriptor ?? otherwise;
+    if (descriptor === undefined) throw new EdgewayError('not_found', `there is no service ${id}`);
+    return descriptor;
+  };
+  return writeService(kv, keys, config, id, describe, wanted);
 }
 
 /**
@@ -800,21 +815,23 @@ async function findAddress(
   wish: {
     readonly wanted: Ipv4 | undefined;
     readonly had: Ipv4 | undefined;
+    /** What the owner had stays even if its claim cannot be read: a service that runs does not move for a typo. */
+    readonly faithful?: boolean;
     readonly seed: number;
     /** Spoken for in the same transaction. */
     readonly except: ReadonlySet<Ipv4>;
     readonly within?: Cidr;
   },
 ): Promise<Slot> {
-  const look = async (address: Ipv4): Promise<Slot | AddressOwner | undefined> => {
+  const look = async (address: Ipv4, faithful = false): Promise<Slot | AddressOwner | undefined> => {
     const key = addressKey(keys, address);
     const entry = await kv.get(key);
     if (entry === undefined)
       return { address, compare: { key, createRevision: 0 }, write: true, revision: 0 };
     const holder = decodeAddress(entry.value);
-    if (!holder.ok) return undefined;
     const compare: Compare = { key, modRevision: entry.modRevision };
     const revision = entry.modRevision;
+    if (!holder.ok) return faithful ? { address, compare, write: false, revision } : undefined;
     const lease = entry.lease === undefined ? {} : { lease: entry.lease };
     if (holder.value.resting === true)
       return mayWake(holder.value, owner)
@@ -836,7 +853,7 @@ async function findAddress(
     isServiceAddress(config.plan, address) &&
     (within === undefined || contains(within, address));
   if (wish.had !== undefined && usable(wish.had)) {
-    const found = await look(wish.had);
+    const found = await look(wish.had, wish.faithful);
     if (found !== undefined && 'compare' in found) return found;
   }
   const count = within === undefined ? serviceAddressCount(config.plan) : sizeOf(within);

@@ -44,6 +44,8 @@ export function decideCluster(
       const address = service.addresses[policy];
       if (address === undefined) return false;
       if (plan !== undefined && !isServiceAddress(plan, address)) return false;
+      // Claiming anew would move a service that runs; the fault is reported, and mended by a person.
+      if (unreadable.has(addressKey(address))) return true;
       const owner = view.get('address', addressKey(address))?.value;
       return (
         owner?.kind === 'service' &&

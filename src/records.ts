@@ -343,13 +343,34 @@ export function decodeNode(text: string): Result<Node> {
   return record.ok ? ok(compact(record.value)) : record;
 }
 
-export function encodeService(service: Service): string {
+/** `stands`: the record that this one replaces; fields of it that are none of a service's are kept. */
+export function encodeService(service: Service, stands?: string): string {
   const addresses = Object.fromEntries(
     Object.entries(service.addresses).map(([policy, address]) => [policy, formatIpv4(address)]),
   );
   const { health, ...descriptor } = service.descriptor;
-  return print({ ...descriptor, ...(health === undefined ? {} : { health: healthOf(health) }), addresses });
+  return print({
+    ...descriptor,
+    ...(health === undefined ? {} : { health: healthOf(health) }),
+    addresses,
+    ...(stands === undefined ? {} : foreignFields(serviceSchema, stands)),
+  });
 }
+
+function foreignFields(schema: { readonly entries: object }, text: string): object {
+  const fields = Object.entries(JSON.parse(text) as object);
+  return Object.fromEntries(fields.filter(([name]) => !Object.hasOwn(schema.entries, name)));
+}
+
+/** True when both records say the same, however they are spelled. */
+export function sameService(a: Service, b: Service): boolean {
+  const canonical = (service: Service): string => {
+    const read = decodeService(encodeService(service), service.id);
+    return encodeService(read.ok ? read.value : service);
+  };
+  return canonical(a) === canonical(b);
+}
+
 /** The key says which service it is; a value that names another one is refused. */
 export function decodeService(text: string, key: ServiceId): Result<Service> {
   const record = decode(serviceSchema, text);

@@ -7,6 +7,7 @@ import {
   claimSubnet,
   deleteService,
   ensureConfig,
+  ensureService,
   publishInstance,
   publishNode,
   releaseInstance,
@@ -18,6 +19,7 @@ import { type MemoryKv, MemoryStore } from '../../coordinator/memory.ts';
 import { formatCidr, formatIpv4, parseCidr } from '../../src/addr.ts';
 import { EdgewayError, unwrap } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
+import { bareDescriptor } from '../../src/model.ts';
 import { DEFAULT_PLAN, subnetCount } from '../../src/plan.ts';
 import { POLICIES } from '../../src/policy.ts';
 import {
@@ -26,6 +28,7 @@ import {
   decodeSubnet,
   encodeAddress,
   encodeBlock,
+  encodeService,
   encodeSubnet,
 } from '../../src/records.ts';
 import { rejectsWith } from '../conformance/kv.ts';
@@ -339,6 +342,57 @@ test('applyService completes a record that a person wrote without addresses, and
   assert.is(formatIpv4(applied.service.addresses.closest!), '172.30.7.7');
   assert.is(Object.keys(applied.service.addresses).length, 3);
   assert.ok(await kv.get(addressKey('172.30.7.7')));
+});
+
+test('applyService leaves a complete record alone however it is spelled, and keeps fields that it does not know', async () => {
+  const { kv, store } = world();
+  const key = keys.build({ kind: 'service', service: CART });
+  await applyService(kv, keys, config, descriptor());
+  const stands = JSON.parse((await kv.get(key))?.value ?? '') as { ports: number[] };
+  const spaced = JSON.stringify({ team: 'blue', ...stands, needs: undefined }, undefined, 2);
+  await kv.txn([], [put(key, spaced)]);
+  const { revision } = store;
+  await applyService(kv, keys, config, descriptor());
+  await ensureService(kv, keys, config, CART);
+  assert.is(store.revision, revision, 'nothing to write');
+  await applyService(kv, keys, config, descriptor(CART, { ports: [443] }));
+  const now = JSON.parse((await kv.get(key))?.value ?? '') as { ports: number[]; team: string };
+  assert.equal([now.team, now.ports], ['blue', [443]]);
+});
+
+test('ensureService keeps what a person writes while it is at work', async () => {
+  const { kv } = world();
+  const key = keys.build({ kind: 'service', service: CART });
+  let edits = 2;
+  const raced = Object.assign(Object.create(kv) as Kv, {
+    txn: async (...args: Parameters<Kv['txn']>) => {
+      if (edits-- > 0) {
+        const edited = descriptor(CART, { ports: [8_000 + edits] });
+        await kv.txn([], [put(key, encodeService({ id: CART, descriptor: edited, addresses: {} }))]);
+      }
+      return kv.txn(...args);
+    },
+  });
+  raced.get = kv.get.bind(kv);
+  const { service } = await ensureService(raced, keys, config, CART, bareDescriptor(CART));
+  assert.equal(service.descriptor.ports, [8_000], 'the last edit');
+  assert.is(Object.keys(service.addresses).length, 3);
+  await rejectsWith('not_found', () => ensureService(kv, keys, config, sid('no.such.service.v1')));
+  await kv.txn([], [put(key, 'scribble')]);
+  await rejectsWith('invalid_record', () => ensureService(kv, keys, config, CART, bareDescriptor(CART)));
+});
+
+test('a service keeps a ServiceIP whose claim somebody scribbled on, and gets its claim back when it is deleted', async () => {
+  const { kv } = world();
+  const before = (await applyService(kv, keys, config, descriptor())).service.addresses;
+  const scribbled = keys.build({ kind: 'address', address: before.closest! });
+  await kv.txn([], [put(scribbled, 'scribble')]);
+  for (let round = 0; round < 2; round++)
+    assert.equal((await ensureService(kv, keys, config, CART)).service.addresses, before);
+  assert.is((await kv.get(scribbled))?.value, 'scribble', 'not overwritten');
+  await kv.txn([], [{ kind: 'delete', key: scribbled }]);
+  assert.equal((await ensureService(kv, keys, config, CART)).service.addresses, before);
+  assert.ok(unwrap(decodeAddress((await kv.get(scribbled))?.value ?? '')));
 });
 
 test('applyService claims a wanted address, and refuses one that somebody else holds', async () => {

@@ -259,6 +259,23 @@ test('role cluster gives a record written by hand its addresses, and one with a 
   await roles.stop();
 });
 
+test('role cluster moves no ServiceIP because its claim cannot be read', async () => {
+  const { time, kv, candidate, logs } = world();
+  const { roles } = candidate('a');
+  await time.advance(1_000);
+  const { service, revision } = await applyService(kv, keys, config, descriptor());
+  const scribbled = keys.build({ kind: 'address', address: service.addresses.fastest! });
+  await kv.txn([], [put(scribbled, '{"v":1,')]);
+  await time.advance(2 * RECONCILE_INTERVAL_MS);
+  const entry = await kv.get(keys.build({ kind: 'service', service: CART }));
+  assert.is(entry?.modRevision, revision);
+  assert.is(logs.of('warn').filter(({ key }) => key === scribbled).length, 1, 'reported once');
+  await kv.txn([], [{ kind: 'delete', key: scribbled }]);
+  await time.advance(1_000);
+  assert.ok(unwrap(decodeAddress((await kv.get(scribbled))?.value ?? '')), 'claimed again');
+  await roles.stop();
+});
+
 test('role cluster sweeps what nothing owns any more, and leaves alone what it cannot read', async () => {
   const { time, kv, candidate, logs } = world();
   const { roles } = candidate('a');
