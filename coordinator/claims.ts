@@ -42,6 +42,7 @@ import {
 } from '../src/model.ts';
 import type { ServiceId } from '../src/name.ts';
 import {
+  checkBlock,
   isServiceAddress,
   type Plan,
   serviceAddressAt,
@@ -407,6 +408,7 @@ async function findCandidates(
   for (const entry of (await kv.range(keys.prefix('root'))).entries) {
     const key = keys.parse(entry.key);
     if (!key.ok || key.value.kind !== 'block') continue;
+    if (!checkBlock(plan, key.value.block).ok) continue; // role root reports it
     const block = decodeBlock(entry.value);
     // A block whose owner cannot be read is nobody's to claim from.
     (block.ok && block.value.cluster === owner.cluster ? mine : others).push(key.value.block);

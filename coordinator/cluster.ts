@@ -13,7 +13,7 @@ import type { View } from './view.ts';
 
 export interface ClusterDecision {
   /** Services whose addresses are incomplete or not their own: they need claims. */
-  readonly complete: readonly ServiceId[];
+  readonly complete: readonly { readonly service: ServiceId; readonly revision: number }[];
   readonly actions: readonly Action[];
 }
 
@@ -37,9 +37,9 @@ export function decideCluster(
     });
 
   const plan = view.get('config', keys.build({ kind: 'config' }))?.value.plan;
-  const complete: ServiceId[] = [];
+  const complete: { service: ServiceId; revision: number }[] = [];
   const addressKey = (address: Ipv4): string => keys.build({ kind: 'address', address });
-  for (const { value: service } of view.all('service').values()) {
+  for (const { value: service, modRevision } of view.all('service').values()) {
     const sound = POLICIES.every((policy) => {
       const address = service.addresses[policy];
       if (address === undefined) return false;
@@ -55,7 +55,8 @@ export function decideCluster(
       );
     });
     const exposed = view.get('exposed', keys.build({ kind: 'exposed', service: service.id })) !== undefined;
-    if (!sound || exposed !== service.descriptor.exposed) complete.push(service.id);
+    if (!sound || exposed !== service.descriptor.exposed)
+      complete.push({ service: service.id, revision: modRevision });
   }
   for (const [key, { key: parsed, modRevision }] of view.all('exposed')) {
     const recordKey = keys.build({ kind: 'service', service: parsed.service });

@@ -1,5 +1,6 @@
 // A coordinator without an agent: holds roles, hosts nothing. `edgeway coordinator --etcd HOST:PORT [--roles
 // root,cluster] [--cluster ID] …`; every flag also as EDGEWAY_… . Agents can hold the same roles (`--roles`).
+import { randomBytes } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { hostname } from 'node:os';
 import process from 'node:process';
@@ -118,7 +119,7 @@ async function run(argv: readonly string[]): Promise<void> {
     holder,
     roles,
     cluster,
-    network: DEFAULT_NETWORK_CONFIG,
+    network: { ...DEFAULT_NETWORK_CONFIG, secret: randomBytes(32).toString('hex') },
     ttlS,
   });
   const names = outside === undefined ? undefined : await serveOutside({ kv, keys, log, ...outside });

@@ -3,7 +3,13 @@
 // action that lost a race is simply decided anew from what the watch shows next.
 import { EdgewayError, toEdgewayError } from '../src/error.ts';
 import type { Keys } from '../src/keys.ts';
-import { RECONCILE_ACTIONS_MAX, RECONCILE_INTERVAL_MS, RECONCILE_PAUSE_MS } from '../src/limits.ts';
+import {
+  FOREIGN_INTERVAL_MS,
+  RECONCILE_ACTIONS_MAX,
+  RECONCILE_INTERVAL_MS,
+  RECONCILE_PAUSE_MS,
+  RECONCILE_RETRY_MS,
+} from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import type { NetworkConfig } from '../src/model.ts';
 import { ensureService } from './claims.ts';
@@ -11,7 +17,7 @@ import { decideCluster, RESTING_LEASE } from './cluster.ts';
 import { followKeyspace, type Keyspace } from './keyspace.ts';
 import type { Compare, Kv, LeaseId, Operation, TxnResult } from './kv.ts';
 import type { Time } from './lease.ts';
-import { type Action, decideRoot } from './root.ts';
+import { type Action, blockFaults, decideRoot } from './root.ts';
 import { View } from './view.ts';
 
 /** A store whose every write also compares the fence; `onFenced` is told when a write was refused because of it. */
@@ -52,8 +58,8 @@ export interface ReconcilerOptions {
 }
 
 const PATHS = {
-  root: ['config', 'root', 'clusters', 'subnets'],
-  cluster: ['config', 'clusters', 'services', 'exposed', 'addresses', 'instances', 'nodes'],
+  root: ['config', 'root', 'clusters', 'subnets', 'hosts'],
+  cluster: ['config', 'clusters', 'services', 'exposed', 'ports', 'addresses', 'instances', 'nodes'],
 } as const;
 
 export class Reconciler {
@@ -66,6 +72,13 @@ export class Reconciler {
   #dirty = false;
   #stopped = false;
   #idle: (() => void) | undefined;
+  /** What could not be done, by its name, and when it is due again. */
+  readonly #failing = new Map<string, { untilMs: number; pauseMs: number; reason: string }>();
+  /** Names of what the pass under way would do. */
+  readonly #wanted = new Set<string>();
+  #foreignDueMs = Number.NEGATIVE_INFINITY;
+  readonly #foreign = new Map<string, string>();
+  #reported: ReadonlyMap<string, string> = new Map();
   /** Actions committed so far. */
   committed = 0;
 
@@ -122,56 +135,119 @@ export class Reconciler {
     }
     this.#running = false;
     this.#idle?.();
-    this.#soon(this.#dirty ? RECONCILE_PAUSE_MS : RECONCILE_INTERVAL_MS);
+    this.#soon(this.#dirty ? RECONCILE_PAUSE_MS : this.#pauseMs());
   }
 
   async #pass(): Promise<void> {
     const { role, keys, cluster, network, log } = this.#options;
     const unreadable = new Set(this.#keyspace.problems.keys());
+    this.#wanted.clear();
     if (role === 'root') {
       await this.#commit(decideRoot(this.#view, keys, network, unreadable));
-      return;
+      await this.#report();
+    } else {
+      const { complete, actions } = decideCluster(this.#view, keys, cluster, unreadable);
+      await this.#commit(actions);
+      const config = this.#view.get('config', keys.build({ kind: 'config' }))?.value;
+      if (config !== undefined)
+        // A record that changed is another task: it is tried at once, whatever became of the one before.
+        await this.#each(
+          complete,
+          ({ service, revision }) => `complete ${service} of revision ${revision}`,
+          async ({ service }) => {
+            await ensureService(this.#kv, keys, config, service);
+            log.info({ service }, 'claimed the addresses that a service lacked');
+            return true;
+          },
+        );
     }
-    const { complete, actions } = decideCluster(this.#view, keys, cluster, unreadable);
-    await this.#commit(actions);
-    const config = this.#view.get('config', keys.build({ kind: 'config' }))?.value;
-    if (config === undefined) return;
-    for (const service of complete.slice(0, RECONCILE_ACTIONS_MAX)) {
-      if (this.#stopped) return;
-      try {
-        await ensureService(this.#kv, keys, config, service);
-        this.committed++;
-        log.info({ service }, 'claimed the addresses that a service lacked');
-      } catch (error) {
-        const { code, message } = toEdgewayError(error);
-        if (code === 'lease_lost') throw error;
-        log.warn({ service, code, error: message }, 'a service stays without its addresses');
-      }
-    }
-    if (complete.length > RECONCILE_ACTIONS_MAX) this.#dirty = true;
+    for (const task of this.#failing.keys()) if (!this.#wanted.has(task)) this.#failing.delete(task);
   }
 
   async #commit(actions: readonly Action[]): Promise<void> {
     let rest: LeaseId | undefined;
-    const { kv, log, network, keys } = this.#options;
+    const { kv, log, network, keys, role } = this.#options;
     const quarantineS =
       this.#view.get('config', keys.build({ kind: 'config' }))?.value.quarantineS ?? network.quarantineS;
-    for (const { why, compares, operations } of actions.slice(0, RECONCILE_ACTIONS_MAX)) {
-      if (this.#stopped) return;
-      const real: Operation[] = [];
-      for (const operation of operations) {
-        if (operation.kind !== 'put' || operation.lease !== RESTING_LEASE) real.push(operation);
-        else if (quarantineS === 0) real.push({ kind: 'delete', key: operation.key });
-        else {
-          rest ??= await kv.grant(quarantineS);
-          real.push({ ...operation, lease: rest });
+    await this.#each(
+      actions,
+      ({ why }) => why,
+      async ({ why, compares, operations }) => {
+        const real: Operation[] = [];
+        for (const operation of operations) {
+          if (operation.kind !== 'put' || operation.lease !== RESTING_LEASE) real.push(operation);
+          else if (quarantineS === 0) real.push({ kind: 'delete', key: operation.key });
+          else {
+            rest ??= await kv.grant(quarantineS);
+            real.push({ ...operation, lease: rest });
+          }
         }
+        const { succeeded } = await this.#kv.txn(compares, real);
+        if (succeeded) log.info({ reason: why }, `role ${role} acts`);
+        return succeeded; // otherwise the watch will show what changed
+      },
+    );
+  }
+
+  /**
+   * Does what is due, at most RECONCILE_ACTIONS_MAX of it. What fails is logged once for each reason and left alone
+   * for a while, so that it neither fills the log nor takes the turn of what can be done.
+   */
+  async #each<T>(tasks: readonly T[], name: (task: T) => string, work: (task: T) => Promise<boolean>) {
+    const { time, log, role } = this.#options;
+    for (const task of tasks) this.#wanted.add(name(task));
+    let left = RECONCILE_ACTIONS_MAX;
+    for (const task of tasks) {
+      const what = name(task);
+      const failed = this.#failing.get(what);
+      if (failed !== undefined && time.monotonicMs() < failed.untilMs) continue;
+      if (this.#stopped) return;
+      if (left-- === 0) {
+        this.#dirty = true;
+        return;
       }
-      const { succeeded } = await this.#kv.txn(compares, real);
-      if (!succeeded) continue; // the watch will show what changed
-      this.committed++;
-      log.info({ reason: why }, `role ${this.#options.role} acts`);
+      try {
+        if (await work(task)) this.committed++;
+        this.#failing.delete(what);
+      } catch (error) {
+        const { code, message } = toEdgewayError(error);
+        // Without the role or the store nothing else would fare better.
+        if (code === 'lease_lost' || code === 'coordination_unavailable') throw error;
+        const pauseMs = Math.min(
+          RECONCILE_INTERVAL_MS,
+          failed === undefined ? RECONCILE_RETRY_MS : 2 * failed.pauseMs,
+        );
+        this.#failing.set(what, { untilMs: time.monotonicMs() + pauseMs, pauseMs, reason: message });
+        if (failed?.reason !== message)
+          log.warn({ name: what, code, error: message }, `role ${role} cannot do this; trying again later`);
+      }
     }
-    if (actions.length > RECONCILE_ACTIONS_MAX) this.#dirty = true;
+  }
+
+  /** When the first of what failed is due again, at the latest when everything is looked at anyway. */
+  #pauseMs(): number {
+    const now = this.#options.time.monotonicMs();
+    let pauseMs = RECONCILE_INTERVAL_MS;
+    for (const { untilMs } of this.#failing.values())
+      pauseMs = Math.min(pauseMs, Math.max(RECONCILE_PAUSE_MS, untilMs - now));
+    return pauseMs;
+  }
+
+  /** What a person wrote that no role and no agent takes notice of: once each, until it is gone. */
+  async #report(): Promise<void> {
+    const { kv, keys, time, log } = this.#options;
+    const faults = new Map(blockFaults(this.#view, keys));
+    if (time.monotonicMs() >= this.#foreignDueMs) {
+      this.#foreignDueMs = time.monotonicMs() + FOREIGN_INTERVAL_MS;
+      this.#foreign.clear();
+      for (const text of await kv.keys(`${keys.root}/`)) {
+        const key = keys.parse(text);
+        if (!key.ok && !this.#keyspace.problems.has(text)) this.#foreign.set(text, key.error.message);
+      }
+    }
+    for (const [key, reason] of this.#foreign) faults.set(key, reason);
+    for (const [key, reason] of faults)
+      if (this.#reported.get(key) !== reason) log.warn({ key, reason }, 'nothing takes notice of this key');
+    this.#reported = faults;
   }
 }

@@ -58,6 +58,11 @@ const CAMPAIGN_RETRY_MS = 1_000;
 
 export function startRoles(options: RolesOptions): RunningRoles {
   const lives = options.roles.map((role) => new RoleLife(role, options));
+  // Followers and leases try for ever and quietly; a wrong password would look like a standby.
+  options.kv.get(options.keys.build({ kind: 'config' })).catch((error: unknown) => {
+    const { code, message } = toEdgewayError(error);
+    options.log.warn({ code, error: message }, 'the roles cannot reach the keyspace; trying again');
+  });
   const lease: LeaseKeeper = keepLease({
     kv: options.kv,
     ttlS: options.ttlS ?? ROLE_TTL_S,
@@ -92,6 +97,8 @@ class RoleLife {
   readonly #keyspace: Keyspace;
   #reconciler: Reconciler | undefined;
   #cancelRetry: () => void = () => {};
+  /** Why the last campaign failed, as far as it was logged. */
+  #failure: string | undefined;
   #stopped = false;
 
   constructor(role: Role, options: RolesOptions) {
@@ -183,8 +190,13 @@ class RoleLife {
         [{ key: this.#key, createRevision: 0 }],
         [{ kind: 'put', key: this.#key, value: encodeLeader({ holder }), lease }],
       );
+      this.#failure = undefined;
       this.#perform(this.#machine.campaigned(lease, succeeded, revision));
-    } catch {
+    } catch (error) {
+      const { code, message } = toEdgewayError(error);
+      if (this.#failure !== message && !this.#stopped)
+        this.#options.log.warn({ name: this.role, code, error: message }, 'no answer to a campaign');
+      this.#failure = message;
       this.#cancelRetry();
       this.#cancelRetry = time.after(CAMPAIGN_RETRY_MS, () => this.#perform(this.#machine.retry()));
     }

@@ -6,7 +6,7 @@ import { type Cidr, contains, formatCidr, ipv4, overlaps } from '../src/addr.ts'
 import type { Keys } from '../src/keys.ts';
 import { BLOCK_LOW_SUBNETS, BLOCK_SUBNET_BITS } from '../src/limits.ts';
 import type { NetworkConfig } from '../src/model.ts';
-import { type Plan, subnetIndex } from '../src/plan.ts';
+import { checkBlock, type Plan, subnetIndex } from '../src/plan.ts';
 import { encodeBlock, encodeCluster, encodeConfig } from '../src/records.ts';
 import type { Compare, Operation } from './kv.ts';
 import type { View } from './view.ts';
@@ -84,6 +84,18 @@ export function decideRoot(
   return actions;
 }
 
+/** Why blocks that a person wrote are left out of account, by key. */
+export function blockFaults(view: View, keys: Keys): ReadonlyMap<string, string> {
+  const faults = new Map<string, string>();
+  const plan = view.get('config', keys.build({ kind: 'config' }))?.value.plan;
+  if (plan === undefined) return faults;
+  for (const [key, held] of view.all('block')) {
+    const checked = checkBlock(plan, held.key.block);
+    if (!checked.ok) faults.set(key, checked.error.message);
+  }
+  return faults;
+}
+
 interface BookedBlock {
   readonly block: Cidr;
   readonly cluster: string;
@@ -96,7 +108,8 @@ interface BookedBlock {
 
 function bookBlocks(view: View, plan: Plan): BookedBlock[] {
   const books: BookedBlock[] = [];
-  for (const [key, held] of view.all('block'))
+  for (const [key, held] of view.all('block')) {
+    if (!checkBlock(plan, held.key.block).ok) continue;
     books.push({
       block: held.key.block,
       cluster: held.value.cluster,
@@ -105,6 +118,7 @@ function bookBlocks(view: View, plan: Plan): BookedBlock[] {
       size: sizeInSubnets(plan, held.key.block),
       used: 0,
     });
+  }
   for (const { key } of view.all('subnet').values())
     for (const book of books) if (contains(book.block, key.subnet.base)) book.used++;
   return books;

@@ -52,8 +52,18 @@ export const ROLE_TTL_S = 5;
 export const RECONCILE_PAUSE_MS = 50;
 /** A role looks at everything again this often, whatever the watch said. */
 export const RECONCILE_INTERVAL_MS = 30_000;
+/** What a role failed at is tried again after so long; each failure doubles it up to RECONCILE_INTERVAL_MS. */
+export const RECONCILE_RETRY_MS = 1_000;
+/** Root looks this often for keys that belong to nobody's subtree: a listing of all keys, without values. */
+export const FOREIGN_INTERVAL_MS = 600_000;
 /** Actions of one pass: at 1 ms each a pass stays below the pause that a deploy would notice. */
 export const RECONCILE_ACTIONS_MAX = 256;
+/** Node subnets of the widest plan: 10.0.0.0/8 in /26. Finding a free one near full sorts their keys, 60 octets each:
+ *  15 MB. */
+export const SUBNETS_MAX = 2 ** 18;
+/** Greatest delay of a timer (HTML §8.6, 2^31 − 1 ms, 24.8 days): a greater one fires at once. Whoever waits longer is
+ *  woken early and waits again. */
+export const TIMER_MS_MAX = 2 ** 31 - 1;
 /** A block holds 2^6 = 64 node subnets: 240 blocks in the default plan. */
 export const BLOCK_SUBNET_BITS = 6;
 /** A cluster with fewer free subnets than this in its blocks is granted another: a quarter of a block. */

@@ -7,6 +7,7 @@
 import { type Cidr, contains, formatCidr, type Ipv4, ipv4, networkOf, overlaps, sizeOf } from './addr.ts';
 import { assert } from './assert.ts';
 import { fail, ok, type Result } from './error.ts';
+import { SUBNETS_MAX } from './limits.ts';
 
 export interface Plan {
   /** The whole platform. */
@@ -38,6 +39,11 @@ export function checkPlan(plan: Plan): Result<Plan> {
     return fail(
       'invalid_request',
       `plan: nodeBits ${nodeBits} must be an integer from ${services.bits} to 30`,
+    );
+  if (subnetCount(plan) > SUBNETS_MAX)
+    return fail(
+      'invalid_request',
+      `plan: ${formatCidr(platform)} in /${nodeBits} makes ${subnetCount(plan)} node subnets; at most ${SUBNETS_MAX} are possible`,
     );
   return ok(plan);
 }
@@ -81,6 +87,17 @@ export function subnetIndex(plan: Plan, subnet: Cidr): Result<number> {
   const per = 2 ** (32 - plan.nodeBits);
   const past = subnet.base > plan.services.base ? sizeOf(plan.services) : 0;
   return ok((subnet.base - past - plan.platform.base) / per);
+}
+
+/** A block of node subnets lies inside the platform and is no narrower than one of them. */
+export function checkBlock(plan: Plan, block: Cidr): Result<Cidr> {
+  const { platform, nodeBits } = plan;
+  if (block.bits >= platform.bits && block.bits <= nodeBits && contains(platform, block.base))
+    return ok(block);
+  return fail(
+    'address_not_in_plan',
+    `block ${formatCidr(block)} must lie inside the platform ${formatCidr(platform)} and hold whole /${nodeBits} subnets`,
+  );
 }
 
 /** The node subnet that an address falls into, if it is a node address at all. */

@@ -1,4 +1,5 @@
 // The real clock and its timers.
+import { TIMER_MS_MAX } from '../../src/limits.ts';
 import type { Clock, Timers } from '../ports.ts';
 
 export const systemClock: Clock = {
@@ -8,7 +9,7 @@ export const systemClock: Clock = {
 
 export const systemTimers: Timers = {
   after: (ms, callback) => {
-    const timer = setTimeout(callback, ms);
+    const timer = setTimeout(callback, Math.min(ms, TIMER_MS_MAX));
     return () => clearTimeout(timer);
   },
 };

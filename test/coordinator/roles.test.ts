@@ -4,6 +4,7 @@ import {
   applyService,
   claimInstance,
   claimSubnet,
+  deleteService,
   publishInstance,
   publishNode,
 } from '../../coordinator/claims.ts';
@@ -13,9 +14,9 @@ import { fencedKv } from '../../coordinator/reconcile.ts';
 import { RoleMachine } from '../../coordinator/role.ts';
 import { type Role, type RunningRoles, startRoles } from '../../coordinator/roles.ts';
 import { formatCidr, overlaps, parseCidr } from '../../src/addr.ts';
-import { unwrap } from '../../src/error.ts';
+import { EdgewayError, unwrap } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
-import { RECONCILE_INTERVAL_MS, ROLE_TTL_S } from '../../src/limits.ts';
+import { RECONCILE_ACTIONS_MAX, RECONCILE_INTERVAL_MS, ROLE_TTL_S } from '../../src/limits.ts';
 import type { NetworkConfig } from '../../src/model.ts';
 import type { ServiceId } from '../../src/name.ts';
 import {
@@ -27,6 +28,7 @@ import {
   decodeLeader,
   decodeService,
   encodeAddress,
+  encodeBlock,
   encodeConfig,
   encodeService,
 } from '../../src/records.ts';
@@ -305,6 +307,88 @@ test('role cluster sweeps what nothing owns any more, and leaves alone what it c
   for (const address of [...Object.values(service.addresses), orphan])
     assert.is(await resting(address), undefined, 'free again');
   assert.ok(logs.of('warn').some(({ key }) => key?.endsWith('a.b.c.d')));
+  await roles.stop();
+});
+
+test('role cluster: what cannot be completed is logged once, waits longer each time, and keeps nobody from its turn', async () => {
+  const { time, store, kv, candidate, logs } = world();
+  const { roles } = candidate('a');
+  await time.advance(1_000);
+  const ports = [{ source: 443, destination: 1, protocol: 'tcp' as const }];
+  await applyService(kv, keys, config, descriptor(CART, { exposed: true, ports }));
+  const record = (id: ServiceId, more = {}) =>
+    put(
+      keys.build({ kind: 'service', service: id }),
+      encodeService({ id, descriptor: descriptor(id, more), addresses: {} }),
+    );
+  // More of them than one pass takes, and all before the good one in key order.
+  const hopeless = Array.from({ length: RECONCILE_ACTIONS_MAX + 20 }, (_, i) => sid(`a.a.a.s${i}`));
+  for (let i = 0; i < hopeless.length; i += 100)
+    await kv.txn(
+      [],
+      hopeless.slice(i, i + 100).map((id) => record(id, { exposed: true, ports })),
+    );
+  const good = sid('z.z.z.z');
+  await kv.txn([], [record(good)]);
+  await time.advance(1_000);
+  const read = async (id: ServiceId) =>
+    unwrap(decodeService((await kv.get(keys.build({ kind: 'service', service: id })))?.value ?? '', id));
+  assert.is(Object.keys((await read(good)).addresses).length, 3);
+  const warned = () => logs.of('warn').filter(({ code }) => code === 'port_taken').length;
+  assert.is(warned(), hopeless.length);
+  const { revision } = store;
+  await time.advance(4 * RECONCILE_INTERVAL_MS);
+  assert.is(warned(), hopeless.length, 'once each');
+  assert.is(store.revision, revision, 'and nothing was written');
+  // The port becomes free: what waited gets its turn, one of them the port.
+  await deleteService(kv, keys, config, CART, { force: true });
+  await time.advance(3 * RECONCILE_INTERVAL_MS);
+  assert.is((await kv.keys(keys.prefix('ports'))).length, 1);
+  await roles.stop();
+});
+
+test('role root reports keys that nothing takes notice of, once, and blocks outside the plan starve nobody', async () => {
+  const { time, kv, candidate, logs } = world();
+  const everything = keys.build({ kind: 'block', block: cidr('0.0.0.0/0') });
+  const outside = keys.build({ kind: 'block', block: cidr('10.0.0.0/16') });
+  await kv.txn(
+    [],
+    [
+      put(everything, encodeBlock({ cluster: 'west' })),
+      put(outside, encodeBlock({ cluster: 'west' })),
+      put(`${keys.root}/servces/shop.prod.cart.v1`, '{}'),
+      put(`${keys.prefix('ports')}tcp/http`, '{}'),
+    ],
+  );
+  const { roles } = candidate('a');
+  await time.advance(3 * RECONCILE_INTERVAL_MS);
+  const blocks = (await kv.range(keys.prefix('root'))).entries.filter(({ key }) => key.includes('/172.'));
+  assert.is(unwrap(decodeBlock(blocks[0]?.value ?? '')).cluster, 'lab', 'lab gets its block all the same');
+  await claimSubnet(kv, keys, config, { node: 'n1', cluster: 'lab' });
+  const warned = logs.of('warn').filter(({ message }) => message.includes('takes notice'));
+  assert.equal(
+    warned.map(({ key }) => key).sort(),
+    [everything, outside, `${keys.prefix('ports')}tcp/http`, `${keys.root}/servces/shop.prod.cart.v1`].sort(),
+  );
+  await roles.stop();
+});
+
+test('a process that cannot reach the keyspace, or campaigns in vain, says so once', async () => {
+  const { time, store, kv: reachable, logs } = world();
+  const kv = Object.assign(Object.create(reachable) as MemoryKv, {
+    get: () => Promise.reject(new EdgewayError('permission_denied', 'etcd: authentication failed')),
+    txn: () => Promise.reject(new EdgewayError('permission_denied', 'etcd refuses')),
+    grant: async () => store.grant(ROLE_TTL_S),
+    keepAlive: async () => ROLE_TTL_S,
+    revoke: async () => {},
+    follow: reachable.follow.bind(reachable),
+  });
+  const { log } = logs;
+  const common = { keys, time, random: () => 0.5, log, cluster: 'lab', network: config };
+  const roles = startRoles({ ...common, kv, holder: 'a', roles: ['root'] });
+  await time.advance(60_000);
+  const warned = logs.of('warn').map(({ error }) => error);
+  assert.equal(warned, ['etcd: authentication failed', 'etcd refuses']);
   await roles.stop();
 });
 

@@ -3,6 +3,7 @@ import * as assert from 'uvu/assert';
 import { contains, formatCidr, formatIpv4, parseCidr } from '../../src/addr.ts';
 import { unwrap } from '../../src/error.ts';
 import {
+  checkBlock,
   checkPlan,
   DEFAULT_PLAN,
   layoutOf,
@@ -55,6 +56,26 @@ test('subnetOf finds the subnet of an instance and none for a service address', 
   const layout = layoutOf(subnetAt(DEFAULT_PLAN, 77));
   assert.equal(subnetOf(DEFAULT_PLAN, layout.lastInstance), subnetAt(DEFAULT_PLAN, 77));
   assert.is(subnetOf(DEFAULT_PLAN, DEFAULT_PLAN.services.base), undefined);
+});
+
+test('checkPlan bounds the number of node subnets, and checkBlock keeps blocks inside the platform', () => {
+  const plan = (platform: string, services: string, nodeBits: number) => ({
+    platform: unwrap(parseCidr(platform)),
+    services: unwrap(parseCidr(services)),
+    nodeBits,
+  });
+  assert.ok(checkPlan(plan('10.0.0.0/8', '10.252.0.0/14', 26)).ok);
+  for (const wide of [plan('0.0.0.0/0', '10.0.0.0/16', 26), plan('10.0.0.0/8', '10.0.0.0/16', 28)]) {
+    const checked = checkPlan(wide);
+    assert.match(checked.ok ? '' : checked.error.message, 'at most 262144 are possible');
+  }
+  const block = (text: string): boolean => checkBlock(DEFAULT_PLAN, unwrap(parseCidr(text))).ok;
+  assert.equal(
+    ['172.16.0.0/20', '172.16.0.0/26', '172.16.0.0/12', '172.16.0.0/27', '10.0.0.0/20', '0.0.0.0/0'].map(
+      block,
+    ),
+    [true, true, true, false, false, false],
+  );
 });
 
 test('checkPlan refuses services outside the platform and a node prefix wider than the services', () => {
