@@ -1,4 +1,5 @@
 // The packet loop's projection of the routing table: which commands bring the loop up to date. Pure.
+import type { Ipv4 } from '../src/addr.ts';
 import type { Instance } from '../src/model.ts';
 import type { ServiceId } from '../src/name.ts';
 import type { InstanceRoute, ProxyCommand } from './proxy/command.ts';
@@ -15,8 +16,9 @@ function routeOf(instance: Instance, thisNode: string): InstanceRoute {
   };
 }
 
-/** What the loop must be told about one service. An instance may be there before its service's record. `isHere` is
- *  asked of this node's own instances only. */
+/** What the loop must be told about one service: only addresses that answer to it, so that a record which lists another
+ *  one's takes no packets. An instance may be there before its service's record. `isHere` is asked of this node's own
+ *  instances only. */
 export function projectService(
   table: RouteTable,
   id: ServiceId,
@@ -25,12 +27,17 @@ export function projectService(
 ): ProxyCommand {
   const service = table.service(id);
   const instances = table.instancesOf(id).filter((one) => one.node !== thisNode || isHere(one));
+  const isOf = (address: Ipv4): boolean => table.nameOf(address)?.service === id;
   if (service === undefined && instances.length === 0) return { kind: 'serviceGone', service: id };
   return {
     kind: 'service',
     service: id,
-    addresses: service?.addresses ?? {},
-    instances: instances.map((instance) => routeOf(instance, thisNode)),
+    addresses: Object.fromEntries(
+      Object.entries(service?.addresses ?? {}).filter(([, address]) => isOf(address)),
+    ),
+    instances: instances
+      .filter(({ instanceIp }) => isOf(instanceIp))
+      .map((instance) => routeOf(instance, thisNode)),
   };
 }
 

@@ -33,6 +33,7 @@ export function applyBatch(table: RouteTable, batch: KeyspaceBatch): RouteDelta 
         nodes.add(put.value.node);
         break;
     }
+  for (const heir of table.takeHeirs()) services.add(heir);
   table.revision = Math.max(table.revision, batch.revision);
   return { services, nodes };
 }

@@ -21,6 +21,10 @@ export interface RouteDelta {
   readonly nodes: ReadonlySet<string>;
 }
 
+/**
+ * An address answers to whoever listed it first. A record that lists somebody else's (written by hand, or told before
+ * the news that the other one let it go) waits for it: it takes nothing, and nothing is lost when it is mended.
+ */
 export class RouteTable implements NameTable {
   synced = false;
   /** Revision of the keyspace that the table reflects. */
@@ -29,6 +33,10 @@ export class RouteTable implements NameTable {
   readonly #instances = new Map<ServiceId, Map<number, Instance>>();
   readonly #nodes = new Map<string, Node>();
   readonly #names = new Map<Ipv4, Name>();
+  /** Who lists an address that answers to another, in the order they came. */
+  readonly #waiting = new Map<Ipv4, Name[]>();
+  /** Services that an address fell to, for `takeHeirs`. */
+  #heirs = new Set<ServiceId>();
 
   service(id: ServiceId): Service | undefined {
     return this.#services.get(id);
@@ -56,31 +64,31 @@ export class RouteTable implements NameTable {
   }
 
   putService(service: Service): void {
-    this.deleteService(service.id);
+    const old = this.#services.get(service.id);
     this.#services.set(service.id, service);
-    for (const policy of POLICIES) {
-      const address = service.addresses[policy];
-      if (address !== undefined) this.#names.set(address, { service: service.id, policy });
-    }
+    // What it keeps it does not let go for a moment: somebody may be waiting for it.
+    for (const policy of POLICIES)
+      this.#move(old?.addresses[policy], service.addresses[policy], { service: service.id, policy });
   }
   deleteService(id: ServiceId): void {
     const old = this.#services.get(id);
     if (old === undefined) return;
     this.#services.delete(id);
-    for (const address of Object.values(old.addresses)) this.#forget(address, id);
+    for (const policy of POLICIES) this.#move(old.addresses[policy], undefined, { service: id, policy });
   }
 
   putInstance(instance: Instance): void {
-    this.deleteInstance(instance.service, instance.instance);
-    let byNumber = this.#instances.get(instance.service);
+    const { service, instance: number } = instance;
+    let byNumber = this.#instances.get(service);
     if (byNumber === undefined) {
       byNumber = new Map();
-      this.#instances.set(instance.service, byNumber);
+      this.#instances.set(service, byNumber);
     }
-    byNumber.set(instance.instance, instance);
-    const name: Name = { service: instance.service, instance: instance.instance };
-    this.#names.set(instance.instanceIp, name);
-    this.#names.set(instance.namespaceIp, name);
+    const old = byNumber.get(number);
+    byNumber.set(number, instance);
+    const name: Name = { service, instance: number };
+    this.#move(old?.instanceIp, instance.instanceIp, name);
+    this.#move(old?.namespaceIp, instance.namespaceIp, name);
   }
   deleteInstance(id: ServiceId, number: number): void {
     const byNumber = this.#instances.get(id);
@@ -88,8 +96,9 @@ export class RouteTable implements NameTable {
     if (byNumber === undefined || old === undefined) return;
     byNumber.delete(number);
     if (byNumber.size === 0) this.#instances.delete(id);
-    this.#forget(old.instanceIp, id);
-    this.#forget(old.namespaceIp, id);
+    const name: Name = { service: id, instance: number };
+    this.#move(old.instanceIp, undefined, name);
+    this.#move(old.namespaceIp, undefined, name);
   }
 
   putNode(node: Node): void {
@@ -99,8 +108,47 @@ export class RouteTable implements NameTable {
     this.#nodes.delete(id);
   }
 
-  /** An address may have passed to another owner in the meantime; only its own entry goes. */
-  #forget(address: Ipv4, id: ServiceId): void {
-    if (this.#names.get(address)?.service === id) this.#names.delete(address);
+  /** Services that got an address since the last call because another one let it go: their routes changed, too. */
+  takeHeirs(): ReadonlySet<ServiceId> {
+    const heirs = this.#heirs;
+    if (heirs.size > 0) this.#heirs = new Set();
+    return heirs;
   }
+
+  #move(from: Ipv4 | undefined, to: Ipv4 | undefined, name: Name): void {
+    if (from === to) return;
+    if (from !== undefined) this.#forget(from, name);
+    if (to !== undefined) this.#enter(to, name);
+  }
+
+  #enter(address: Ipv4, name: Name): void {
+    const holder = this.#names.get(address);
+    if (holder === undefined) this.#names.set(address, name);
+    else if (!sameName(holder, name))
+      this.#waiting.set(address, [...(this.#waiting.get(address) ?? []), name]);
+  }
+
+  #forget(address: Ipv4, name: Name): void {
+    const holder = this.#names.get(address);
+    if (holder === undefined) return;
+    const waiting = this.#waiting.get(address)?.filter((other) => !sameName(other, name)) ?? [];
+    if (sameName(holder, name)) {
+      const heir = waiting.shift();
+      if (heir === undefined) this.#names.delete(address);
+      else {
+        this.#names.set(address, heir);
+        this.#heirs.add(heir.service);
+      }
+    }
+    if (waiting.length > 0) this.#waiting.set(address, waiting);
+    else this.#waiting.delete(address);
+  }
+}
+
+function sameName(a: Name, b: Name): boolean {
+  return (
+    a.service === b.service &&
+    ('policy' in a ? a.policy : undefined) === ('policy' in b ? b.policy : undefined) &&
+    ('instance' in a ? a.instance : undefined) === ('instance' in b ? b.instance : undefined)
+  );
 }
