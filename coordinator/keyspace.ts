@@ -4,6 +4,7 @@
 // a value that cannot be read counts as absent, is reported once with its key and the reason, and is kept in
 // `problems` until it is mended or deleted.
 import type { EdgewayError } from '../src/error.ts';
+import { hash32 } from '../src/hash.ts';
 import type { Key, Keys } from '../src/keys.ts';
 import type { Logger } from '../src/log.ts';
 import { decodeRecord, type KeyRecord, recordError } from '../src/records.ts';
@@ -34,11 +35,19 @@ export interface KeyspaceListener {
   live(path: string, live: boolean): void;
 }
 
+/** Tells a value from another. Revisions alone do only while the store's history is one: in a store that was restored
+ *  from a backup and written to, they have come again. */
+interface Mark {
+  readonly modRevision: number;
+  readonly hash: number;
+}
+const markOf = ({ value, modRevision }: KvEntry): Mark => ({ modRevision, hash: hash32(value) });
+
 /** What a follower of one path remembers: enough to tell news from old, not the records themselves. */
 interface PathState {
   readonly follower: Follower;
-  /** modRevision of every key that the listener holds. */
-  readonly held: Map<string, number>;
+  /** What of every key the listener holds. */
+  readonly held: Map<string, Mark>;
   reached: number;
   complete: boolean;
   live: boolean;
@@ -84,7 +93,7 @@ export class Keyspace {
         },
       }),
       // No revision is 0: what was known before is old, whatever the listing says.
-      held: new Map(known.map((key) => [key, 0])),
+      held: new Map(known.map((key) => [key, { modRevision: 0, hash: 0 }])),
       reached: 0,
       complete: false,
       live: false,
@@ -134,7 +143,7 @@ export class Keyspace {
   /** True when the listener holds a record that was last written at exactly this revision. */
   holds(revision: number): boolean {
     for (const { held } of this.#paths.values())
-      for (const modRevision of held.values()) if (modRevision === revision) return true;
+      for (const { modRevision } of held.values()) if (modRevision === revision) return true;
     return false;
   }
   /** True when the path has had its first complete listing. */
@@ -174,9 +183,11 @@ export class Keyspace {
         if (key === path || (path.endsWith('/') && key.startsWith(path))) missing.add(key);
       for (const entry of batch.entries) {
         missing.delete(entry.key);
-        // Equal revisions mean equal values only while the store's history is one; below, it began again.
-        if (state.held.get(entry.key) === entry.modRevision && batch.revision >= state.reached) continue;
-        this.#put(state, entry, puts, deletes);
+        const held = state.held.get(entry.key);
+        const { modRevision, hash } = markOf(entry);
+        // Below what was reached, history began again: whatever comes is told, even if it looks the same.
+        const same = held?.modRevision === modRevision && held.hash === hash;
+        if (!same || batch.revision < state.reached) this.#put(state, entry, puts, deletes);
       }
       for (const key of missing) this.#delete(state, key, deletes);
       state.reached = batch.revision;
@@ -203,7 +214,7 @@ export class Keyspace {
     const decoded = key.ok ? decodeRecord(key.value, entry.value) : key;
     if (decoded.ok) {
       this.problems.delete(entry.key);
-      state.held.set(entry.key, entry.modRevision);
+      state.held.set(entry.key, markOf(entry));
       const { createRevision, modRevision, lease } = entry;
       puts.push({ ...decoded.value, createRevision, modRevision, ...(lease === undefined ? {} : { lease }) });
       return;

@@ -30,9 +30,14 @@ export const QUARANTINE_S = 300;
 export const REQUEST_TIMEOUT_MS = 2_000;
 /** A watch that etcd has not confirmed within this time is made anew. */
 export const WATCH_CREATE_MS = 5_000;
-/** Pause before listing again after a cut, spread so that a fleet does not list as one. */
+/** Pause before listing again after a cut, spread so that a fleet does not list as one; each listing in vain doubles it
+ *  up to the cap, which leaves most of the 10 s after a heal to the listings themselves. */
 export const RESYNC_PAUSE_MIN_MS = 100;
 export const RESYNC_PAUSE_MAX_MS = 300;
+export const RESYNC_PAUSE_CAP_MS = 3_000;
+/** Listings of one agent under way: 100 paths take 13 rounds of a millisecond, and 1,000 agents ask 8,000 questions at a
+ *  time instead of 100,000. */
+export const LISTINGS_MAX = 8;
 /** Entries per page of a listing: 1,000 records of at most a few kB stay far below gRPC's message limit. */
 export const RANGE_PAGE = 1_000;
 /** Comparing what is held with what etcd holds, by count and newest revision. */

@@ -15,10 +15,12 @@ import {
 import { EdgewayError } from '../../src/error.ts';
 import {
   AUDIT_INTERVAL_MS,
+  LISTINGS_MAX,
   PING_INTERVAL_MS,
   PING_TIMEOUT_MS,
   RANGE_PAGE,
   REQUEST_TIMEOUT_MS,
+  RESYNC_PAUSE_CAP_MS,
   RESYNC_PAUSE_MAX_MS,
   RESYNC_PAUSE_MIN_MS,
   WATCH_CREATE_MS,
@@ -102,6 +104,9 @@ class EtcdKv implements Kv {
     maxAttempts: 2,
     backoff: new ExponentialBackoff({ initialDelay: 50, maxDelay: 500 }),
   });
+  /** Followers' listings under way, and who waits for a turn, first come first served. */
+  #listings = 0;
+  readonly #turns: (() => void)[] = [];
   #closed = false;
 
   constructor(options: EtcdOptions) {
@@ -148,6 +153,19 @@ class EtcdKv implements Kv {
   async range(path: string): Promise<{ entries: readonly KvEntry[]; revision: number }> {
     const { kvs, revision } = await this.#list(path, false);
     return { entries: kvs.map(entryOf), revision };
+  }
+
+  /** `range` for a follower: after a heal all of them want one. */
+  async rangeInTurn(path: string): Promise<{ entries: readonly KvEntry[]; revision: number }> {
+    if (this.#listings < LISTINGS_MAX) this.#listings++;
+    else await new Promise<void>((resolve) => this.#turns.push(resolve));
+    try {
+      return await this.range(path);
+    } finally {
+      const next = this.#turns.shift();
+      if (next === undefined) this.#listings--;
+      else next();
+    }
   }
 
   async keys(path: string, window?: KeyWindow): Promise<readonly string[]> {
@@ -334,7 +352,7 @@ class EtcdKv implements Kv {
 }
 
 /**
- * Lists, then watches from the next revision; after any end of the watch it pauses briefly and lists again. Listing
+ * Lists, then watches from the next revision; after any end of the watch it pauses and lists again. Listing
  * again costs one read and is right in every case: compaction, another leader, a member restored to an older or
  * unrelated state under the same identity.
  */
@@ -347,6 +365,8 @@ class EtcdFollower implements Follower {
   readonly #forget: (self: EtcdFollower) => void;
   #closed = false;
   #live = false;
+  /** Attempts since it was last live. */
+  #vain = 0;
   #watch: Watch | undefined;
   /** Ends the wait that is under way, whatever it waits for. */
   #wake: (() => void) | undefined;
@@ -379,7 +399,7 @@ class EtcdFollower implements Follower {
     while (!this.#closed) {
       let reason: string;
       try {
-        const { entries, revision } = await this.#kv.range(this.#path);
+        const { entries, revision } = await this.#kv.rangeInTurn(this.#path);
         if (this.#closed) return;
         this.#listener.batch({ kind: 'snapshot', entries, revision });
         reason = await this.#follow(entries, revision);
@@ -389,7 +409,7 @@ class EtcdFollower implements Follower {
       if (this.#closed) return;
       this.#turn(false);
       this.#options.log.debug({ key: this.#path, reason }, 'following again from a new listing');
-      await this.#pause(RESYNC_PAUSE_MIN_MS + Math.random() * (RESYNC_PAUSE_MAX_MS - RESYNC_PAUSE_MIN_MS));
+      await this.#pause(resyncPauseMs(this.#vain++, Math.random()));
     }
   }
 
@@ -466,6 +486,7 @@ class EtcdFollower implements Follower {
   }
 
   #turn(live: boolean): void {
+    if (live) this.#vain = 0;
     if (this.#live === live || this.#closed) return;
     this.#live = live;
     this.#listener.live(live);
@@ -483,6 +504,13 @@ class EtcdFollower implements Follower {
       this.#wake = done;
     });
   }
+}
+
+/** `vain`: attempts before this one; `random`: 0…1. */
+export function resyncPauseMs(vain: number, random: number): number {
+  const longest = Math.min(RESYNC_PAUSE_CAP_MS, RESYNC_PAUSE_MAX_MS * 2 ** vain);
+  const shortest = (longest * RESYNC_PAUSE_MIN_MS) / RESYNC_PAUSE_MAX_MS;
+  return shortest + random * (longest - shortest);
 }
 
 /** Any single call refreshes the token; that this key may not be read is an answer, too. */

@@ -137,6 +137,19 @@ test('followKeyspace turns a new listing into the difference, deletions included
   assert.is(keyspace.size, 2);
 });
 
+test('followKeyspace sees that a restored store, written past the old head, holds another value under an old revision', () => {
+  const { kv, tell } = script();
+  const { batches } = open(kv, [keys.prefix('services')]);
+  const other = encodeService({ id: CART, descriptor: descriptor(CART, { ports: [443] }), addresses: {} });
+  tell({ kind: 'snapshot', entries: [entry(serviceKey, cart, 5)], revision: 6 });
+  tell({ kind: 'snapshot', entries: [entry(serviceKey, cart, 5)], revision: 8 });
+  tell({ kind: 'snapshot', entries: [entry(serviceKey, other, 5)], revision: 9 });
+  assert.equal(
+    batches.map(({ puts }) => puts.length),
+    [1, 0, 1],
+  );
+});
+
 test('followKeyspace throws away events that are older than what it holds', () => {
   const { kv, tell } = script();
   const { batches, keyspace } = open(kv, [keys.prefix('services')]);
