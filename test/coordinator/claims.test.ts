@@ -14,12 +14,13 @@ import {
   releaseSubnet,
   type SubnetClaim,
 } from '../../coordinator/claims.ts';
-import type { Kv, TxnResult } from '../../coordinator/kv.ts';
+import type { Kv, LeaseId, TxnResult } from '../../coordinator/kv.ts';
 import { type MemoryKv, MemoryStore } from '../../coordinator/memory.ts';
-import { formatCidr, formatIpv4, parseCidr } from '../../src/addr.ts';
+import { formatCidr, formatIpv4, type Ipv4, parseCidr } from '../../src/addr.ts';
 import { EdgewayError, unwrap } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
 import { bareDescriptor } from '../../src/model.ts';
+import type { ServiceId } from '../../src/name.ts';
 import { DEFAULT_PLAN, subnetCount } from '../../src/plan.ts';
 import { POLICIES } from '../../src/policy.ts';
 import {
@@ -31,8 +32,10 @@ import {
   encodeService,
   encodeSubnet,
 } from '../../src/records.ts';
+import { Rng } from '../../src/rng.ts';
 import { rejectsWith } from '../conformance/kv.ts';
 import { CART, descriptor, instance, ip, node, sid } from '../support/sample.ts';
+import { settle } from '../support/time.ts';
 
 const keys = new Keys();
 const config = DEFAULT_NETWORK_CONFIG;
@@ -619,6 +622,141 @@ test('10,000 random claims and releases by 40 nodes: no address has two owners, 
   }
   pass(small.quarantineS * 1000 + 1);
   assert.is((await kv.keys(keys.prefix('subnets'))).length, held.size);
+});
+
+test('10,000 random adds, deletes, crashes and lost answers: no address has two owners or is given before it rested, none leaks', async () => {
+  const { kv, pass } = world();
+  const small = {
+    ...config,
+    plan: { platform: cidr('10.0.0.0/16'), services: cidr('10.0.1.0/24'), nodeBits: 26 },
+    tenureTtlS: 1_200,
+    quarantineS: 60,
+  };
+  const rng = new Rng(7, 1);
+  let now = 0;
+  /** Leases end only here, so a deletion at any other time is a release that was no rest. */
+  let waiting = false;
+  const wait = async (ms: number): Promise<void> => {
+    waiting = true;
+    now += ms;
+    pass(ms);
+    await settle();
+    waiting = false;
+  };
+  // One in twelve writes is applied and its answer lost; one in twelve never arrives.
+  const flaky = new Proxy(kv, {
+    get: (target, name) =>
+      name === 'txn'
+        ? async (...args: Parameters<Kv['txn']>): Promise<TxnResult> => {
+            const luck = rng.below(12);
+            if (luck === 0) throw new EdgewayError('coordination_unavailable', 'it never arrived');
+            const result = await target.txn(...args);
+            if (luck === 1) throw new EdgewayError('coordination_unavailable', 'the answer was lost');
+            return result;
+          }
+        : Reflect.get(target, name).bind(target),
+  }) as Kv;
+
+  // The witness sees every change: who holds an address, or held it last, and since when it rests or is free.
+  const breaches: string[] = [];
+  const owners = new Map<string, { owner: string; resting: boolean; sinceMs?: number }>();
+  const witness = kv.follow(keys.prefix('addresses'), {
+    live: () => {},
+    batch: (batch) => {
+      for (const change of batch.kind === 'changes' ? batch.changes : []) {
+        const key = change.kind === 'put' ? change.entry.key : change.key;
+        const was = owners.get(key);
+        if (change.kind === 'delete') {
+          if (!waiting) breaches.push(`${key} was freed at once`);
+          if (was !== undefined) owners.set(key, { ...was, sinceMs: was.sinceMs ?? now });
+          continue;
+        }
+        const { resting = false, ...held } = unwrap(decodeAddress(change.entry.value));
+        const owner = JSON.stringify({ ...held, node: undefined });
+        if (was !== undefined && was.owner !== owner) {
+          if (was.sinceMs === undefined) breaches.push(`${key} passed from ${was.owner} to ${owner}`);
+          else if (was.resting && now - was.sinceMs < 60_000) breaches.push(`${key} did not rest`);
+        }
+        owners.set(key, { owner, resting, ...(resting ? { sinceMs: now } : {}) });
+      }
+    },
+  });
+
+  interface Crashable {
+    lease: LeaseId;
+    readonly instances: Map<number, { service: ServiceId; ip: Ipv4 | undefined }>;
+  }
+  const services = Array.from({ length: 20 }, (_, i) => sid(`app.ns.s${i}.v1`));
+  const applied = new Set<ServiceId>();
+  const nodes = new Map<string, Crashable>();
+  /** Goes on until the outcome is known, as an agent does. */
+  const surely = async <T>(call: () => Promise<T>): Promise<T | undefined> => {
+    for (;;)
+      try {
+        return await call();
+      } catch (error) {
+        const { code } = error as EdgewayError;
+        if (code === 'coordination_unavailable') continue;
+        if (code === 'address_taken' || code === 'addresses_exhausted' || code === 'not_found')
+          return undefined;
+        throw error;
+      }
+  };
+  for (let step = 0; step < 10_000; step++) {
+    const service = services[rng.below(services.length)]!;
+    const name = `n${rng.below(12)}`;
+    const here = nodes.get(name) ?? { lease: await kv.grant(small.tenureTtlS), instances: new Map() };
+    nodes.set(name, here);
+    // Numbers are a node's own, so that no two ask for one.
+    const instance = 1 + Number(name.slice(1)) * 10 + rng.below(10);
+    const wish = { service: services[instance % services.length]!, instance, node: name };
+    switch (rng.below(8)) {
+      case 0:
+        if ((await surely(() => applyService(flaky, keys, small, descriptor(service)))) !== undefined)
+          applied.add(service);
+        break;
+      case 1:
+        await surely(() => deleteService(flaky, keys, small, service, { force: true }));
+        applied.delete(service);
+        break;
+      case 2:
+      case 3:
+      case 4: {
+        const preferred = here.instances.get(instance)?.ip;
+        const claim = await surely(() =>
+          claimInstance(flaky, keys, small, {
+            ...{ ...wish, lease: here.lease },
+            ...(preferred === undefined ? {} : { preferred }),
+          }),
+        );
+        if (claim !== undefined)
+          here.instances.set(instance, { service: wish.service, ip: claim.instanceIp });
+        break;
+      }
+      case 5:
+      case 6: {
+        const held = here.instances.get(instance);
+        if (held?.ip === undefined) break;
+        const instanceIp = held.ip;
+        await surely(() => releaseInstance(flaky, keys, small, { ...wish, instanceIp }));
+        here.instances.delete(instance);
+        break;
+      }
+      case 7:
+        // Gone without a word, or for longer than its tenure.
+        if (rng.below(10) === 0) nodes.delete(name);
+        break;
+    }
+    await wait(rng.below(4_000));
+    for (const { lease } of nodes.values()) await kv.keepAlive(lease);
+  }
+  await wait(small.tenureTtlS * 1_000 - 1);
+  for (const { lease } of nodes.values()) await kv.keepAlive(lease);
+  await wait(2);
+  const expected = [...nodes.values()].reduce((sum, { instances }) => sum + instances.size, 3 * applied.size);
+  assert.equal(breaches.slice(0, 3), []);
+  assert.is((await kv.keys(keys.prefix('addresses'))).length, expected, 'what is held, and nothing else');
+  await witness.close();
 });
 
 test.run();
