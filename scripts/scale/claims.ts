@@ -96,7 +96,11 @@ export async function measureClaims({ etcd, say }: Bench) {
   );
   const real = await race(kvs, say);
   await Promise.all(kvs.map((kv) => kv.close()));
+  const wrong = [pure, real].some(
+    (one) => one.duplicates + one.missing + one.refused > 0 || one.overflow !== 'subnets_exhausted',
+  );
   return {
+    missed: wrong ? 'every subnet once, none twice, and the next node refused' : '',
     ...real,
     pure_subnets: pure.subnets,
     pure_duplicates: pure.duplicates,

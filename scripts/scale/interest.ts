@@ -180,6 +180,7 @@ export async function measureInterest({ etcd, say, rssMb }: Bench) {
   agent.kill();
   await kv.close();
   return {
+    missed: after.foreign > 0 ? 'nothing heard of services that nobody here uses' : '',
     mb: round(held.mb, 2),
     foreign_events: after.foreign,
     services: SERVICES,
