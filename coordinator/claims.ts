@@ -941,7 +941,8 @@ function mayWake(holder: AddressOwner, owner: AddressOwner): boolean {
   return holder.kind === owner.kind && ownerText(holder) === ownerText(owner);
 }
 
-function describeOwner(owner: AddressOwner): string {
+/** What follows after naming the address. */
+export function describeOwner(owner: AddressOwner): string {
   const what =
     owner.kind === 'service'
       ? `policy ${owner.policy} of ${owner.service}`

@@ -15,6 +15,7 @@ import {
   releaseSubnet,
   type SubnetClaim,
 } from '../coordinator/claims.ts';
+import { serviceFaults } from '../coordinator/faults.ts';
 import type { Kv, LeaseId } from '../coordinator/kv.ts';
 import { keepLease, type LeaseKeeper } from '../coordinator/lease.ts';
 import { type Cidr, formatCidr, formatIpv4, type Ipv4, parseIpv4 } from '../src/addr.ts';
@@ -332,12 +333,14 @@ export class Agent implements NodeControl {
   }
 
   async services(): Promise<Listing<ServiceView>> {
-    const { keys } = this.#parts;
+    const { kv, keys } = this.#parts;
     const { table, problems } = await this.#everything();
+    // With etcd away the listing is what this node knows.
+    const faults = await serviceFaults(kv, keys, table.services()).catch(() => []);
     const items = [...table.services()]
       .map((service) => viewService(service, table.instancesOf(service.id).length))
       .sort((a, b) => a.service.localeCompare(b.service));
-    return { items, problems: viewProblems(problems, keys.prefix('services')) };
+    return { items, problems: viewProblems(new Map([...problems, ...faults]), keys.prefix('services')) };
   }
 
   async instances(): Promise<Listing<InstanceView>> {

@@ -14,7 +14,7 @@ import { formatIpv4 } from '../src/addr.ts';
 import { type ErrorCode, toEdgewayError } from '../src/error.ts';
 import { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
-import type { Logger } from '../src/log.ts';
+import { type Logger, SILENT } from '../src/log.ts';
 import type { NetworkConfig } from '../src/model.ts';
 import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
 import { Agent } from './agent.ts';
@@ -165,7 +165,9 @@ async function start(
     keys,
     table,
     routes,
-    openAll: () => new RouteFollower({ keys, open, after }),
+    // Whoever asked is told what cannot be read; it need not be logged anew each time.
+    openAll: () =>
+      new RouteFollower({ keys, open: (listener) => new Keyspace(kv, keys, SILENT, listener), after }),
     environment,
     engine: dockerEngine(config.dockerSocket === undefined ? {} : { socketPath: config.dockerSocket }),
     files: hostFiles,

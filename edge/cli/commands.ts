@@ -74,7 +74,7 @@ function get<Item>(kind: string, header: Row, key: (item: Item) => string, row: 
 function printProblems(problems: readonly Problem[]): void {
   if (problems.length === 0) return;
   print(
-    `\nnot readable, and ignored:\n${problems.map(({ key, reason }) => `  ${key}\n    ${reason}`).join('\n')}`,
+    `\ncannot be read, or does not work as written:\n${problems.map(({ key, reason }) => `  ${key}\n    ${reason}`).join('\n')}`,
   );
 }
 
