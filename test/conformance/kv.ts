@@ -245,11 +245,11 @@ export function kvSuite(name: string, open: () => Promise<KvUnderTest>): void {
     await rejectsWith('lease_lost', () => kv.keepAlive(lease));
     await rejectsWith('lease_lost', () => kv.txn([], [{ ...put(`${at}late`, '1'), lease }]));
     assert.is(await kv.get(`${at}late`), undefined);
-    const short = await kv.grant(2);
+    const short = await kv.grant(5);
     await kv.txn([], [{ ...put(`${at}short`, '1'), lease: short }]);
     const mirror = new Mirror(kv, at);
     await eventually(() => mirror.entries.has(`${at}short`), 'the leased key');
-    await under.advance(3_000);
+    await under.advance(6_000);
     await eventually(async () => (await kv.get(`${at}short`)) === undefined, 'the lease to end', 20_000);
     await eventually(() => !mirror.entries.has(`${at}short`), 'its deletion to be told');
     await rejectsWith('lease_lost', () => kv.keepAlive(short));

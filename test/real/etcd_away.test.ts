@@ -45,7 +45,7 @@ async function killEtcd(): Promise<void> {
     const argv = existsSync(file) ? readFileSync(file, 'utf8').split('\0') : [];
     if (argv[0] === 'etcd') process.kill(Number(pid), 'SIGKILL');
   }
-  await until('etcd to be gone', 5_000, async () => {
+  await until('etcd to be gone', 15_000, async () => {
     const { status: health } = await lab.exec(lab.switch, ['etcdctl', 'get', 'x', '--dial-timeout=200ms']);
     return health !== 0 ? true : undefined;
   });

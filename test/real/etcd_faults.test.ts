@@ -5,13 +5,15 @@ import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
-import { claimSubnet, publishNode } from '../../coordinator/claims.ts';
+import { applyService, claimSubnet, publishNode } from '../../coordinator/claims.ts';
 import { connectEtcd } from '../../coordinator/etcd/client.ts';
 import { systemTime } from '../../coordinator/etcd/time.ts';
 import { followKeyspace } from '../../coordinator/keyspace.ts';
 import type { Kv, LeaseId } from '../../coordinator/kv.ts';
 import { keepLease } from '../../coordinator/lease.ts';
+import { fencedKv } from '../../coordinator/reconcile.ts';
 import { startPrivateEtcd } from '../../edge/io/etcd_private.ts';
+import type { EdgewayError } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
 import { PING_INTERVAL_MS, PING_TIMEOUT_MS, REQUEST_TIMEOUT_MS } from '../../src/limits.ts';
 import { SILENT } from '../../src/log.ts';
@@ -32,7 +34,9 @@ let relay: Relay;
 let direct: Kv;
 const clients: Kv[] = [];
 
-function connect(more: { auditIntervalMs?: number; log?: typeof SILENT } = {}): Kv {
+function connect(
+  more: { auditIntervalMs?: number; requestTimeoutMs?: number; log?: typeof SILENT } = {},
+): Kv {
   const kv = connectEtcd({ endpoints: [relay.endpoint], log: SILENT, ...more });
   clients.push(kv);
   return kv;
@@ -43,6 +47,8 @@ test.before(async () => {
   relay = await Relay.to(etcd.endpoint);
   direct = connectEtcd({ endpoints: [etcd.endpoint], log: SILENT });
 });
+// What one test broke is whole for the next.
+test.after.each(() => relay.mend());
 test.after(async () => {
   await Promise.all([direct, ...clients].map((kv) => kv.close()));
   await relay.close();
@@ -56,7 +62,7 @@ test('a member that hangs: requests end at their deadline, the watch ends by pin
   relay.freeze();
   const started = performance.now();
   await rejectsWith('coordination_unavailable', () => kv.txn([], [put('/hang/a', '1')]));
-  assert.ok(performance.now() - started < 2 * REQUEST_TIMEOUT_MS, 'a write is tried once');
+  assert.ok(performance.now() - started < 5 * REQUEST_TIMEOUT_MS, 'it does not wait for the member');
   await direct.txn([], [put('/hang/b', '1')]);
   await eventually(() => !mirror.live, 'the watch to notice', PING_INTERVAL_MS + PING_TIMEOUT_MS + 6_000);
   relay.mend();
@@ -83,14 +89,31 @@ test('compaction during a watch: nothing is lost, not even a deletion', async ()
   await mirror.follower.close();
 });
 
-test('a lease that ends during a transaction: the put is refused whole, and claims say lease_lost', async () => {
+test('a lease that ends while a transaction is on its way: the put is refused whole', async () => {
+  const kv = connect({ requestTimeoutMs: 60_000 });
+  // A connection that stands still for longer than a ping may be given up; then the transaction never arrives.
+  for (let tries = 0; ; tries++) {
+    const lease = await kv.grant(2);
+    await kv.txn([], [{ ...put('/lease/probe', '1'), lease }]);
+    relay.freeze();
+    const late = kv.txn([], [put('/lease/durable', '1'), { ...put('/lease/a', '1'), lease }]).then(
+      () => 'applied',
+      (error: EdgewayError) => error.code,
+    );
+    await eventually(async () => (await direct.get('/lease/probe')) === undefined, 'its end', 30_000);
+    relay.mend();
+    const outcome = await late;
+    assert.is(await direct.get('/lease/durable'), undefined, 'all or nothing');
+    if (outcome === 'coordination_unavailable' && tries < 5) continue;
+    assert.is(outcome, 'lease_lost');
+    return;
+  }
+});
+
+test('claims under a lease that has ended say lease_lost', async () => {
   const kv = connect();
   const lease = await kv.grant(60);
   await kv.revoke(lease);
-  await rejectsWith('lease_lost', () =>
-    kv.txn([], [put('/lease/durable', '1'), { ...put('/lease/a', '1'), lease }]),
-  );
-  assert.is(await kv.get('/lease/durable'), undefined, 'all or nothing');
   await rejectsWith('lease_lost', () =>
     claimSubnet(kv, keys, config, { node: 'late', cluster: 'lab' }, { lease }),
   );
@@ -103,14 +126,31 @@ test('a lease that ends during a transaction: the put is refused whole, and clai
   await kv.revoke(presence);
 });
 
+test('a holder whose role lease ran out writes nothing once another holds the role', async () => {
+  const kv = connect();
+  const leader = keys.build({ kind: 'rootLeader' });
+  const lease = await kv.grant(2);
+  const { revision } = await kv.txn([], [{ ...put(leader, '{"v":1,"holder":"a"}'), lease }]);
+  let fenced = 0;
+  const late = fencedKv(kv, { key: leader, createRevision: revision }, () => fenced++);
+  await eventually(async () => (await kv.get(leader)) === undefined, 'the lease to run out', 30_000);
+  await kv.txn([{ key: leader, createRevision: 0 }], [put(leader, '{"v":1,"holder":"b"}')]);
+  await rejectsWith('lease_lost', () => applyService(late, keys, config, descriptor()));
+  assert.is(fenced, 1);
+  assert.equal([await kv.keys(keys.prefix('services')), await kv.keys(keys.prefix('addresses'))], [[], []]);
+  await kv.txn([], [{ kind: 'delete', key: leader }]);
+});
+
 test('clocks do not matter: a keeper judges by its own monotonic clock, whatever time it is elsewhere', async () => {
   const kv = connect();
   const held: LeaseId[] = [];
   const lost: string[] = [];
+  const store = new Mirror(direct, '/clock/');
+  let stoppedFirst = false;
   // This node's clock started a year away from everybody's; only differences count.
   const keeper = keepLease({
     kv,
-    ttlS: 3,
+    ttlS: 10,
     time: { monotonicMs: () => systemTime.monotonicMs() + 31_536_000_000, after: systemTime.after },
     random: () => 0.5,
     log: SILENT,
@@ -118,13 +158,16 @@ test('clocks do not matter: a keeper judges by its own monotonic clock, whatever
       held.push(lease);
       await kv.txn([], [{ ...put('/clock/node', 'here'), lease }]);
     },
-    onLost: (_, cause) => void lost.push(cause),
+    onLost: (_, cause) => {
+      lost.push(cause);
+      stoppedFirst = store.entries.has('/clock/node');
+    },
   });
-  await eventually(() => keeper.renewals >= 3, 'three renewals', 20_000);
+  await eventually(() => keeper.renewals >= 3, 'three renewals', 60_000);
   assert.equal([held.length, lost.length], [1, 0]);
   relay.cut();
-  await eventually(() => lost.length === 1, 'the loss', 10_000);
-  assert.ok(await direct.get('/clock/node'), 'the keeper stops before the store ends it');
+  await eventually(() => lost.length === 1, 'the loss', 30_000);
+  assert.ok(stoppedFirst, 'the keeper stops before the store ends it');
   relay.mend();
   await eventually(
     async () => held.length === 2 && (await direct.get('/clock/node'))?.lease === held[1],
@@ -133,6 +176,7 @@ test('clocks do not matter: a keeper judges by its own monotonic clock, whatever
   );
   await keeper.stop(true);
   assert.is(await direct.get('/clock/node'), undefined);
+  await store.follower.close();
 });
 
 test('hand-edited values: each fault is logged once with its key, others are untouched', async () => {
@@ -170,7 +214,7 @@ test('hand-edited values: each fault is logged once with its key, others are unt
   await keyspace.close();
 });
 
-test('a follower that drifted from etcd is found by comparison and listed again', async () => {
+test('a follower among changes raises no false alarm when it compares itself with etcd', async () => {
   const logs = keepLogs();
   const inner = connect({ auditIntervalMs: 200, log: logs.log });
   const mirror = new Mirror(inner, '/audit/');
@@ -187,6 +231,67 @@ test('a follower that drifted from etcd is found by comparison and listed again'
   assert.is(mirror.batches.filter(({ kind }) => kind === 'snapshot').length, 1, 'no false alarm');
   assert.is(logs.of('warn').length, 0);
   await mirror.follower.close();
+});
+
+test('a follower that drifted from etcd is found by comparison and listed again', async () => {
+  // Its requests go to one etcd and its watch to another, whose events are none of the first one's: the way that a
+  // lost or invented event looks from here. It works because the two travel on connections of their own.
+  const logs = keepLogs();
+  const other = await startTestEtcd();
+  const stranger = connectEtcd({ endpoints: [other.endpoint], log: SILENT });
+  const crossed = await Relay.to(etcd.endpoint);
+  const kv = connectEtcd({ endpoints: [crossed.endpoint], log: logs.log, auditIntervalMs: 200 });
+  try {
+    const { revision: head } = await direct.txn([], [put('/drift/a', '1')]);
+    let ahead = 0;
+    while (ahead < head) ahead = (await stranger.txn([], [put('/elsewhere', String(ahead))])).revision;
+    await kv.get('/drift/a');
+    crossed.target(other.endpoint);
+    const mirror = new Mirror(kv, '/drift/');
+    await eventually(() => mirror.live, 'live');
+    const { revision } = await stranger.txn([], [put('/drift/invented', '1')]);
+    await eventually(() => mirror.entries.has('/drift/invented'), 'the event that never was');
+    // Both must know the revision to compare.
+    for (let mine = head; mine < revision; )
+      mine = (await direct.txn([], [put('/elsewhere', String(mine))])).revision;
+    await eventually(
+      () => mirror.batches.filter(({ kind }) => kind === 'snapshot').length >= 2,
+      'a new listing',
+      30_000,
+    );
+    assert.equal(mirror.values(), { '/drift/a': '1' });
+    assert.match(logs.of('warn')[0]?.message ?? '', 'held state differs from etcd');
+    await mirror.follower.close();
+  } finally {
+    await Promise.all([kv.close(), stranger.close()]);
+    await crossed.close();
+    await other.remove();
+  }
+});
+
+test('compaction between two pages of a listing: it begins again and is whole', async () => {
+  const kv = connect();
+  const count = 20_000;
+  for (let i = 0; i < count; i += 100)
+    await direct.txn(
+      [],
+      Array.from({ length: 100 }, (_, j) => put(`/pages/${i + j}`, 'x'.repeat(200))),
+    );
+  await kv.get('/pages/0');
+  for (let tries = 0; ; tries++) {
+    const { revision: before } = await direct.txn([], [put('/elsewhere', 'before')]);
+    const answered = relay.answered;
+    const listing = kv.range('/pages/');
+    await eventually(() => relay.answered - answered > 100_000, 'a page');
+    const { revision } = await direct.txn([], [put('/elsewhere', 'after')]);
+    await etcd.etcdctl('compact', String(revision));
+    const listed = await listing;
+    assert.is(listed.entries.length, count);
+    assert.is(new Set(listed.entries.map(({ key }) => key)).size, count);
+    // The first page had been answered: a later revision can only come from a second beginning.
+    if (listed.revision > before) return;
+    assert.ok(tries < 20, 'no listing was ever caught by a compaction');
+  }
 });
 
 test('a member restarted empty: followers show exactly what it holds, and revisions begin again', async () => {

@@ -32,7 +32,7 @@ const services = async (index: number) =>
   };
 
 test.before(async () => {
-  lab = await Lab.up({ nodes: 2, runtime, agentFlags: ['--roles', 'root,cluster', '--presence-ttl', '4'] });
+  lab = await Lab.up({ nodes: 2, runtime, agentFlags: ['--roles', 'root,cluster', '--presence-ttl', '15'] });
   await lab.startAll();
 });
 test.after(async () => lab?.down());
@@ -56,7 +56,7 @@ test('a service written by hand takes effect like any other; a wrong one is repo
     `${ROOT}/services/shop.prod.bad.v1`,
     byHand('shop.prod.bad.v1', '"ports":["http"]'),
   );
-  await until('cart to have its addresses everywhere', 10_000, async () => {
+  await until('cart to have its addresses everywhere', 30_000, async () => {
     for (const { index } of lab.nodes) {
       const cart = (await services(index)).items.find(({ service }) => service === 'shop.prod.cart.v1');
       if (cart === undefined || Object.keys(cart.addresses).length !== 3) return undefined;
@@ -77,12 +77,12 @@ test('deleting an instance key by hand takes the instance away; the agent can de
   assert.is((await lab.api(2, 'POST', '/api/v1/instances', body)).status, 200);
   const seen = async () =>
     (await services(1)).items.find(({ service }) => service === 'shop.prod.cart.v1')?.instances;
-  await until('n1 to see it', 5_000, async () => ((await seen()) === 1 ? true : undefined));
+  await until('n1 to see it', 15_000, async () => ((await seen()) === 1 ? true : undefined));
   await lab.etcdctl('del', `${ROOT}/instances/shop.prod.cart.v1/1`);
-  await until('n1 to lose it', 5_000, async () => ((await seen()) === 0 ? true : undefined));
+  await until('n1 to lose it', 15_000, async () => ((await seen()) === 0 ? true : undefined));
   assert.is((await lab.api(2, 'DELETE', '/api/v1/instances/shop.prod.cart.v1/1')).status, 200);
   assert.is((await lab.api(2, 'POST', '/api/v1/instances', body)).status, 200);
-  await until('n1 to see it again', 5_000, async () => ((await seen()) === 1 ? true : undefined));
+  await until('n1 to see it again', 15_000, async () => ((await seen()) === 1 ? true : undefined));
 });
 
 test('the acting agent is killed: the other takes over, and goes on with the chores', async () => {
@@ -100,7 +100,7 @@ test('the acting agent is killed: the other takes over, and goes on with the cho
   );
   console.log(`      taken over after ${Math.round(performance.now() - since)} ms (lease ${ROLE_TTL_S} s)`);
   await lab.etcdctl('put', `${ROOT}/services/shop.prod.late.v1`, byHand('shop.prod.late.v1'));
-  await until('late to have its addresses', 10_000, async () =>
+  await until('late to have its addresses', 30_000, async () =>
     (await value('services/shop.prod.late.v1')).includes('"fastest"') ? true : undefined,
   );
 });

@@ -7,7 +7,9 @@ export class Relay {
   #target: { host: string; port: number };
   #mode: 'open' | 'cut' | 'frozen' = 'open';
   port = 0;
+  /** Sent by clients, and by the other side. */
   bytes = 0;
+  answered = 0;
 
   private constructor(target: string) {
     this.#target = parse(target);
@@ -82,7 +84,10 @@ export class Relay {
       this.bytes += chunk.length;
       upstream.write(chunk);
     });
-    upstream.on('data', (chunk) => client.write(chunk));
+    upstream.on('data', (chunk) => {
+      this.answered += chunk.length;
+      client.write(chunk);
+    });
     upstream.connect(this.#target);
     if (this.#mode === 'frozen') {
       client.pause();
