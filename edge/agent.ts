@@ -46,7 +46,7 @@ import { INGRESS, NorthSouth } from './north_south.ts';
 import type { Clock, Container, ContainerEngine, Files, StartPacketLoop, Timers, Vitals } from './ports.ts';
 import { projectLocal, projectService } from './project.ts';
 import type { ProxyConfig, ProxyReport } from './proxy/command.ts';
-import type { RouteFollower } from './routes/follow.ts';
+import type { RouteFollower, RouteSubtree } from './routes/follow.ts';
 import { encodeSnapshot } from './routes/snapshot.ts';
 import type { RouteDelta, RouteTable } from './routes/table.ts';
 import { decodeState, encodeState, type Hosted, type Leaving, type SavedState } from './state.ts';
@@ -75,7 +75,7 @@ export interface AgentParts {
   readonly table: RouteTable;
   readonly routes: RouteFollower;
   /** Follows everything, for those who list or watch more than this node is interested in; to be closed after use. */
-  readonly openAll: () => RouteFollower;
+  readonly openAll: (subtrees?: readonly RouteSubtree[]) => RouteFollower;
   readonly environment: Pick<
     Environment,
     'hostRoutes' | 'setupNode' | 'attachTun' | 'attach' | 'detach' | 'expose' | 'cleanNode'
@@ -327,14 +327,14 @@ export class Agent implements NodeControl {
 
   async nodes(): Promise<Listing<NodeView>> {
     const { keys } = this.#parts;
-    const { table, problems } = await this.#everything();
+    const { table, problems } = await this.#everything('nodes');
     const items = [...table.nodes()].map(viewNode).sort((a, b) => a.node.localeCompare(b.node));
     return { items, problems: viewProblems(problems, keys.prefix('nodes')) };
   }
 
   async services(): Promise<Listing<ServiceView>> {
     const { kv, keys } = this.#parts;
-    const { table, problems } = await this.#everything();
+    const { table, problems } = await this.#everything('services', 'instances');
     // With etcd away the listing is what this node knows.
     const faults = await serviceFaults(kv, keys, table.services()).catch(() => []);
     const items = [...table.services()]
@@ -345,7 +345,7 @@ export class Agent implements NodeControl {
 
   async instances(): Promise<Listing<InstanceView>> {
     const { keys } = this.#parts;
-    const { table, problems } = await this.#everything();
+    const { table, problems } = await this.#everything('instances');
     const items = [...table.instances()]
       .map(viewInstance)
       .sort((a, b) => a.service.localeCompare(b.service) || a.instance - b.instance);
@@ -486,10 +486,12 @@ export class Agent implements NodeControl {
   }
 
   /** The whole platform: this node's own table when it follows everything or etcd is away, else a fresh listing. */
-  async #everything(): Promise<Pick<RouteFollower, 'table' | 'problems'>> {
+  async #everything(
+    ...subtrees: readonly RouteSubtree[]
+  ): Promise<Pick<RouteFollower, 'table' | 'problems'>> {
     const { routes } = this.#parts;
     if (routes.interests === undefined || !routes.live) return routes;
-    const all = this.#parts.openAll();
+    const all = this.#parts.openAll(subtrees);
     try {
       await all.synced(limits.READ_YOUR_WRITES_MS);
       return { table: all.table, problems: new Map(all.problems) };

@@ -166,8 +166,11 @@ async function start(
     table,
     routes,
     // Whoever asked is told what cannot be read; it need not be logged anew each time.
-    openAll: () =>
-      new RouteFollower({ keys, open: (listener) => new Keyspace(kv, keys, SILENT, listener), after }),
+    openAll: (subtrees) =>
+      new RouteFollower({
+        ...{ keys, after, open: (listener) => new Keyspace(kv, keys, SILENT, listener) },
+        ...(subtrees === undefined ? {} : { subtrees }),
+      }),
     environment,
     engine: dockerEngine(config.dockerSocket === undefined ? {} : { socketPath: config.dockerSocket }),
     files: hostFiles,

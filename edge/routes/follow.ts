@@ -55,6 +55,9 @@ function remove(table: RouteTable, key: Key, services: Set<ServiceId>, nodes: Se
   }
 }
 
+const ROUTE_SUBTREES = ['nodes', 'services', 'instances'] as const;
+export type RouteSubtree = (typeof ROUTE_SUBTREES)[number];
+
 export interface RouteFollowerOptions {
   readonly keys: Keys;
   /** Makes the keyspace that tells us; `main.ts` and the agent know the store, we do not. */
@@ -64,6 +67,8 @@ export interface RouteFollowerOptions {
   readonly table?: RouteTable;
   /** Absent: everything is followed. */
   readonly interest?: InterestOptions;
+  /** Of everything, only these: for a listing that shows nothing else. */
+  readonly subtrees?: readonly RouteSubtree[];
   /** What was followed before a restart; it serves until etcd has answered for each path. */
   readonly restored?: Snapshot;
 }
@@ -128,8 +133,7 @@ export class RouteFollower {
     this.keyspace.follow(options.keys.prefix('config'));
     if (options.restored !== undefined) this.#restore(options.restored);
     if (this.#interest === undefined)
-      for (const subtree of ['nodes', 'services', 'instances'] as const)
-        this.#follow(options.keys.prefix(subtree));
+      for (const subtree of options.subtrees ?? ROUTE_SUBTREES) this.#follow(options.keys.prefix(subtree));
     else {
       this.keyspace.follow(options.keys.prefix('exposed'));
       this.#armExpiry();

@@ -7,7 +7,7 @@ import {
   publishInstance,
   publishNode,
 } from '../../../coordinator/claims.ts';
-import { Keyspace } from '../../../coordinator/keyspace.ts';
+import { Keyspace, type KeyspaceListener } from '../../../coordinator/keyspace.ts';
 import { MemoryStore } from '../../../coordinator/memory.ts';
 import { RouteFollower } from '../../../edge/routes/follow.ts';
 import { Keys } from '../../../src/keys.ts';
@@ -103,6 +103,19 @@ test('RouteFollower shows after an outage exactly what etcd holds, deletions inc
   assert.is(routes.table.service(CART), undefined);
   assert.is(routes.table.nameOf(gone.service.addresses.closest!), undefined);
   assert.equal(lives, [true, false, true]);
+  await routes.close();
+});
+
+test('RouteFollower: a listing of some subtrees asks for no others', async () => {
+  const { kv, time } = world();
+  await applyService(kv, keys, config, descriptor());
+  const open = (listener: KeyspaceListener) => new Keyspace(kv, keys, SILENT, listener);
+  const after = (ms: number, run: () => void) => time.after(ms, run);
+  const routes = new RouteFollower({ keys, open, after, subtrees: ['nodes'] });
+  await settle();
+  assert.ok(routes.table.synced);
+  assert.equal([...routes.keyspace.paths()].sort(), [keys.prefix('config'), keys.prefix('nodes')]);
+  assert.is([...routes.table.services()].length, 0);
   await routes.close();
 });
 
