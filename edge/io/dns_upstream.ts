@@ -6,6 +6,7 @@ import { Buffer as Bytes } from 'node:buffer';
 import { randomInt } from 'node:crypto';
 import { createSocket } from 'node:dgram';
 import { connect, isIP } from 'node:net';
+import { Address6 } from 'ip-address';
 import { LRUCache } from 'lru-cache';
 import { sizeReceives } from '#udp';
 import {
@@ -17,6 +18,7 @@ import {
   DNS_UPSTREAM_PENDING_MAX,
   DNS_UPSTREAM_REST_MS,
   DNS_UPSTREAM_TRIES_MS,
+  PORT_MAX,
 } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import type { Clock } from '../ports.ts';
@@ -59,14 +61,20 @@ export interface Upstream {
 
 const DNS_PORT = 53;
 
-/** Undefined when the text is no server address. */
+/** Undefined when the text is no server address. The address comes out as a socket spells it. */
 export function parseUpstream(text: string): Upstream | undefined {
   const match = /^\[([^\]]+)\](?::(\d{1,5}))?$/.exec(text) ?? /^([^:]+):(\d{1,5})$/.exec(text);
-  const address = match?.[1] ?? text;
+  const given = match?.[1] ?? text;
   const port = match?.[2] === undefined ? DNS_PORT : Number(match[2]);
-  const family = isIP(address.replace(/%.*$/, ''));
-  if ((family !== 4 && family !== 6) || port < 1 || port > 65_535) return undefined;
-  return { address, port, family };
+  const family = isIP(given.replace(/%.*$/, ''));
+  if ((family !== 4 && family !== 6) || port < 1 || port > PORT_MAX) return undefined;
+  if (family === 4) return { address: given, port, family };
+  const [plain = '', zone] = given.split('%');
+  const address = new Address6(plain);
+  // An IPv4 server in IPv6 clothes: an IPv4 socket reaches it, also on a host without IPv6.
+  if (zone === undefined && address.isMapped4())
+    return { address: address.to4().correctForm(), port, family: 4 };
+  return { address: address.correctForm() + (zone === undefined ? '' : `%${zone}`), port, family };
 }
 
 interface Remembered {
@@ -137,7 +145,7 @@ export function createForwarder(options: ForwarderOptions): Forwarder {
   }
 
   function remember(key: string, { message, answer }: Reply): void {
-    const limit = answer.rcode === RCODE.ok ? DNS_CACHE_TTL_MAX_S : DNS_CACHE_NEGATIVE_MAX_S;
+    const limit = answer.negative ? DNS_CACHE_NEGATIVE_MAX_S : DNS_CACHE_TTL_MAX_S;
     const ttlS = Math.min(answer.ttlS, limit);
     if (ttlS <= 0) return;
     const stored = {
@@ -225,16 +233,19 @@ export function createForwarder(options: ForwarderOptions): Forwarder {
       socket.on('error', cancel);
       socket.on('message', (bytes, from) => {
         const answer =
-          from.port === server.port && from.address === server.address
+          from.port === server.port && withoutZone(from.address) === withoutZone(server.address)
             ? checkUpstreamAnswer(bytes, id, question)
             : undefined;
         if (answer === undefined) counters.upstream_mismatch++;
         else end({ message: bytes, answer });
       });
-      // Connected: the kernel drops what comes from elsewhere and tells of an unreachable port at once.
-      socket.connect(server.port, server.address, () => {
+      // Connected: the kernel drops what comes from elsewhere and tells of an unreachable port at once. That there is
+      // no route to the server, or no such link, is told here and not by 'error'.
+      socket.connect(server.port, server.address, (error?: Error) => {
+        if (!abort.has(cancel)) return;
+        if (error !== undefined && error !== null) return cancel();
         sizeReceives(socket, DNS_UDP_MESSAGE_MAX);
-        if (abort.has(cancel)) socket.send(message, (error) => error && cancel());
+        socket.send(message, (failed) => failed && cancel());
       });
     });
   }
@@ -285,6 +296,8 @@ export function createForwarder(options: ForwarderOptions): Forwarder {
   };
 }
 
+/** The runtimes differ in whether they name the link that a link-local answer came by. */
+const withoutZone = (address: string): string => address.replace(/%.*$/, '');
 const id = (server: Upstream): string => `${server.address}#${server.port}`;
 
 /** RFC 1035 §4.2.2: over TCP a message is led by its length in two octets. */

@@ -22,6 +22,9 @@ const RD = 0x0100;
 const RA = 0x0080;
 const CD = 0x0010;
 const OPCODE = 0x7800;
+const TYPE_SOA = 6;
+const TYPE_OPT = 41;
+const TYPE_ANY = 255;
 
 export const RCODE = { ok: 0, formerr: 1, servfail: 2, nxdomain: 3, notimp: 4, refused: 5 } as const;
 const BADVERS_EXTENDED = 1; // RCODE 16 = 1 in the OPT's upper eight bits (RFC 6891 §9)
@@ -320,6 +323,8 @@ function foldCase(question: Buffer): Buffer {
 export interface UpstreamAnswer {
   readonly rcode: number;
   readonly truncated: boolean;
+  /** That there is no such name, or no such record, also at the end of a chain of aliases. */
+  readonly negative: boolean;
   /** Seconds that the answer may be remembered; 0 = not at all. */
   readonly ttlS: number;
   /** Offsets of the TTL fields, for counting down. */
@@ -347,8 +352,10 @@ export function checkUpstreamAnswer(
   const counts = [message.readUInt16BE(6), message.readUInt16BE(8), message.readUInt16BE(10)];
   const ttlOffsets: number[] = [];
   let offset = end;
+  const wanted = question.readUInt16BE(question.length - 4);
   let least = Number.POSITIVE_INFINITY;
-  let negative = 0;
+  let denial = 0;
+  let found = false;
   for (const [section, count] of counts.entries()) {
     for (let i = 0; i < count; i++) {
       const header = skipName(message, offset);
@@ -357,24 +364,29 @@ export function checkUpstreamAnswer(
       const length = message.readUInt16BE(header + 8);
       const next = header + 10 + length;
       if (next > message.length) return truncated ? cutOff(rcode) : undefined;
-      if (type !== 41) {
+      if (type !== TYPE_OPT) {
         // An OPT's TTL field holds flags.
         const ttl = ttlAt(message, header + 4);
         ttlOffsets.push(header + 4);
-        if (section === 0) least = Math.min(least, ttl);
-        if (section === 1 && type === 6 && length >= 20) negative = Math.min(ttl, ttlAt(message, next - 4)); // RFC 2308 §5
+        if (section === 0) {
+          least = Math.min(least, ttl);
+          found ||= type === wanted || wanted === TYPE_ANY;
+        }
+        if (section === 1 && type === TYPE_SOA && length >= 20)
+          denial = Math.min(ttl, ttlAt(message, next - 4)); // RFC 2308 §5
       }
       offset = next;
     }
   }
-  const positive = rcode === RCODE.ok && counts[0]! > 0;
-  const isNegative = rcode === RCODE.nxdomain || (rcode === RCODE.ok && counts[0] === 0);
-  const ttlS = truncated ? 0 : positive ? least : isNegative ? negative : 0;
-  return { rcode, truncated, ttlS, ttlOffsets };
+  const positive = rcode === RCODE.ok && found;
+  const negative = rcode === RCODE.nxdomain || (rcode === RCODE.ok && !found);
+  // RFC 2308 §2.1: aliases may stand before a denial, and it is kept no longer than they are.
+  const ttlS = truncated ? 0 : positive ? least : negative ? Math.min(least, denial) : 0;
+  return { rcode, truncated, negative, ttlS, ttlOffsets };
 }
 
 function cutOff(rcode: number): UpstreamAnswer {
-  return { rcode, truncated: true, ttlS: 0, ttlOffsets: [] };
+  return { rcode, truncated: true, negative: false, ttlS: 0, ttlOffsets: [] };
 }
 
 /** RFC 2181 §8: a TTL with the top bit set counts as 0. */

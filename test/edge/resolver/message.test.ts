@@ -234,4 +234,28 @@ test('checkUpstreamAnswer takes the negative TTL from the SOA (RFC 2308)', () =>
   assert.is(checkUpstreamAnswer(message, 5, query.question)?.ttlS, 20);
 });
 
+test('checkUpstreamAnswer keeps a denial behind an alias no longer than the denial and the alias (RFC 2308 §2.1)', () => {
+  const query = ask('alias.example.org');
+  const soa = { mname: 'a', rname: 'b', serial: 1, refresh: 1, retry: 1, expire: 1, minimum: 20 };
+  const seen = (rcode: number, aliasTtl: number, withSoa = true) =>
+    checkUpstreamAnswer(
+      encode({
+        type: 'response',
+        id: 5,
+        flags: 0x0180 | rcode,
+        questions: [{ name: 'alias.example.org', type: 'A' }],
+        answers: [{ type: 'CNAME', name: 'alias.example.org', ttl: aliasTtl, data: 'nil.example.net' }],
+        authorities: withSoa ? [{ type: 'SOA', name: 'example.net', ttl: 900, data: soa }] : [],
+      }),
+      5,
+      query.question,
+    );
+  for (const rcode of [0, 3]) {
+    assert.is(seen(rcode, 3_600)?.ttlS, 20);
+    assert.is(seen(rcode, 3_600)?.negative, true);
+    assert.is(seen(rcode, 7)?.ttlS, 7);
+    assert.is(seen(rcode, 3_600, false)?.ttlS, 0, 'a denial without SOA is not kept (§5)');
+  }
+});
+
 test.run();
