@@ -16,6 +16,7 @@ import {
 } from '../src/limits.ts';
 import { publishedPorts } from '../src/model.ts';
 import { LABEL_LENGTH_MAX, type ServiceId, splitServiceId } from '../src/name.ts';
+import { countsFit } from '../src/wire/dns.ts';
 import type { View } from './view.ts';
 
 export interface Zone {
@@ -81,6 +82,7 @@ export function zoneTable(view: View, zone: Zone, synced: boolean, serial: numbe
   const addresses = new Map<string, readonly Ipv4[]>();
   const above = new Set<string>();
   const nodes = [...view.all('node').values()].map(({ value }) => value);
+  const present = new Set(nodes.map(({ node }) => node));
   const hosts = new Map<ServiceId, Set<Ipv4>>();
   for (const { value: instance } of view.all('instance').values()) {
     let known = hosts.get(instance.service);
@@ -88,7 +90,7 @@ export function zoneTable(view: View, zone: Zone, synced: boolean, serial: numbe
       known = new Set();
       hosts.set(instance.service, known);
     }
-    if (nodes.some(({ node }) => node === instance.node)) known.add(instance.nodeIp);
+    if (present.has(instance.node)) known.add(instance.nodeIp);
   }
   for (const { value: service } of view.all('service').values()) {
     if (publishedPorts(service.descriptor).length === 0) continue;
@@ -119,7 +121,7 @@ export function answerOutside(
   // An answer is never answered: two servers would talk for ever.
   if ((flags & FLAG.qr) !== 0) return undefined;
   if ((flags & FLAG.opcode) !== 0) return bare(bytes, RCODE.notimp);
-  if (bytes.readUInt16BE(4) !== 1) return bare(bytes, RCODE.formerr);
+  if (bytes.readUInt16BE(4) !== 1 || !countsFit(bytes)) return bare(bytes, RCODE.formerr);
   let query: packet.DecodedPacket;
   try {
     query = packet.decode(bytes);

@@ -188,6 +188,8 @@ export const DNS_CACHE_TTL_MAX_S = 3_600;
 export const DNS_CACHE_NEGATIVE_MAX_S = 60;
 /** TCP clients at once: 61 instances and the host, twice. */
 export const DNS_TCP_CLIENTS_MAX = 128;
+/** Of one source: no single instance can take all of them. */
+export const DNS_TCP_SOURCE_CLIENTS_MAX = 32;
 /** A TCP client that says nothing for so long is closed (RFC 7766 §6.2.3: "a few seconds"). */
 export const DNS_TCP_IDLE_MS = 10_000;
 /** Questions of one TCP client that may wait for an answer (RFC 7766 §6.2.1.1 pipelining). */
@@ -256,4 +258,5 @@ assert(
   DNS_UPSTREAM_TRIES_MS.reduce((sum, ms) => sum + ms, 0) < 5_000,
   'all upstream tries end before a stub resolver gives up',
 );
+assert(DNS_TCP_SOURCE_CLIENTS_MAX < DNS_TCP_CLIENTS_MAX, 'one source leaves TCP clients to others');
 assert(DNS_LOOKUP_WAIT_MS < 5_000, 'an unknown name is decided before a stub resolver gives up');

@@ -1,18 +1,11 @@
-// Sockets of the outside DNS: UDP and TCP on one address. It refuses to hold a connection that says nothing, and more
-// of them than the bound; one bad client never touches another.
-import type { Buffer } from 'node:buffer';
-import { Buffer as Bytes } from 'node:buffer';
-import { createSocket } from 'node:dgram';
-import { createServer, type Socket } from 'node:net';
-import { sizeReceives } from '#udp';
-import { EdgewayError } from '../../src/error.ts';
+// The outside DNS on its sockets, answering from a view of its own. One bad client never touches another.
 import type { Keys } from '../../src/keys.ts';
-import { DNS_TCP_CLIENTS_MAX, DNS_TCP_IDLE_MS, DNS_UDP_MESSAGE_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { followKeyspace } from '../keyspace.ts';
 import type { Kv } from '../kv.ts';
 import { answerOutside, type Zone, type ZoneTable, zoneTable } from '../outside.ts';
 import { View } from '../view.ts';
+import { bindDns, type DnsSockets, isAnswerable, sendAnswer, serveTcp } from './dns_sockets.ts';
 
 export interface OutsideServer {
   readonly port: number;
@@ -52,76 +45,35 @@ export async function serveOutside(options: {
     for (const path of paths) await keyspace.unfollow(path);
   };
 
-  const udp = createSocket('udp4');
-  udp.on('message', (message, from) => {
-    const reply = answerOutside(current(), message, 'udp');
-    // A reply that cannot be sent is a lost datagram.
-    if (reply !== undefined) udp.send(reply, from.port, from.address, () => {});
-  });
-  const clients = new Set<Socket>();
-  const tcp = createServer((socket) => {
-    socket.on('error', () => socket.destroy());
-    socket.setTimeout(DNS_TCP_IDLE_MS, () => socket.destroy());
-    if (clients.size >= DNS_TCP_CLIENTS_MAX) {
-      socket.destroy();
-      return;
-    }
-    clients.add(socket);
-    socket.on('close', () => clients.delete(socket));
-    let pending: Buffer = Bytes.alloc(0);
-    socket.on('data', (chunk: Buffer) => {
-      pending = Bytes.concat([pending, chunk]);
-      // RFC 1035 §4.2.2: each message follows its length in two octets.
-      while (pending.length >= 2 && pending.length >= 2 + pending.readUInt16BE(0)) {
-        const length = pending.readUInt16BE(0);
-        const reply = answerOutside(current(), pending.subarray(2, 2 + length), 'tcp');
-        pending = pending.subarray(2 + length);
-        if (reply === undefined) {
-          socket.destroy();
-          return;
-        }
-        const head = Bytes.alloc(2);
-        head.writeUInt16BE(reply.length);
-        socket.write(Bytes.concat([head, reply]));
-      }
-    });
-  });
+  let sockets: DnsSockets;
   try {
-    await new Promise<void>((resolve, reject) => {
-      udp.once('error', reject);
-      udp.bind(port, host, () => {
-        udp.removeListener('error', reject);
-        resolve();
-      });
-    });
-    sizeReceives(udp, DNS_UDP_MESSAGE_MAX);
-    const bound = udp.address().port;
-    udp.on('error', (error) => log.debug({ error: error.message }, 'outside DNS socket'));
-    await new Promise<void>((resolve, reject) => {
-      tcp.once('error', reject);
-      tcp.listen(bound, host, () => {
-        tcp.removeListener('error', reject);
-        resolve();
-      });
-    });
-    tcp.on('error', (error) => log.debug({ error: error.message }, 'outside DNS socket'));
-    log.info({ name: zone.domain, port: bound }, 'outside DNS is up');
-    return {
-      port: bound,
-      async stop() {
-        for (const socket of clients) socket.destroy();
-        await new Promise<void>((resolve) => tcp.close(() => resolve()));
-        await new Promise<void>((resolve) => udp.close(() => resolve()));
-        await close();
-      },
-    };
-  } catch (cause) {
-    await new Promise<void>((resolve) => udp.close(() => resolve()));
+    sockets = await bindDns(host, port);
+  } catch (error) {
     await close();
-    throw new EdgewayError(
-      'host_command_failed',
-      `outside DNS cannot listen on ${host}:${port}: ${(cause as Error).message}`,
-      { cause },
-    );
+    throw error;
   }
+  const { udp, tcp } = sockets;
+  const failed = (error: Error): void => log.debug({ error: error.message }, 'outside DNS socket');
+  udp.on('error', failed);
+  udp.on('message', (message, from) => {
+    if (!isAnswerable(from)) return;
+    const reply = answerOutside(current(), message, 'udp');
+    if (reply !== undefined) sendAnswer(udp, reply, from, () => {});
+  });
+  tcp.on('error', failed);
+  const closeClients = serveTcp(tcp, {
+    admit: (address) => address,
+    respond: async (message) => answerOutside(current(), message, 'tcp'),
+    count: () => {},
+    failed,
+  });
+  log.info({ name: zone.domain, port: sockets.port }, 'outside DNS is up');
+  return {
+    port: sockets.port,
+    async stop() {
+      closeClients();
+      await sockets.close();
+      await close();
+    },
+  };
 }

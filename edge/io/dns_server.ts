@@ -3,19 +3,10 @@
 // message or client touch another's.
 import type { Buffer } from 'node:buffer';
 import { Buffer as Bytes } from 'node:buffer';
-import { createSocket, type RemoteInfo, type Socket as UdpSocket } from 'node:dgram';
-import { createServer, type Server, type Socket } from 'node:net';
-import { sizeReceives } from '#udp';
+import type { RemoteInfo, Socket as UdpSocket } from 'node:dgram';
+import { bindDns, isAnswerable, sendAnswer, serveTcp } from '../../coordinator/io/dns_sockets.ts';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
-import { EdgewayError } from '../../src/error.ts';
-import {
-  DNS_LOOKUP_WAIT_MS,
-  DNS_TCP_CLIENTS_MAX,
-  DNS_TCP_IDLE_MS,
-  DNS_TCP_PIPELINE_MAX,
-  DNS_TCP_UNREAD_MAX,
-  DNS_UDP_MESSAGE_MAX,
-} from '../../src/limits.ts';
+import { DNS_LOOKUP_WAIT_MS } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
@@ -32,10 +23,8 @@ import {
 } from '../resolver/message.ts';
 import { answer, type Decision } from '../resolver/resolver.ts';
 import type { NameTable } from '../routes/table.ts';
-import { createForwarder, frame } from './dns_upstream.ts';
+import { createForwarder } from './dns_upstream.ts';
 
-/** An error answer that repeats no question. */
-const HEADER_ONLY = 12;
 const TELL_EVERY_MS = 1_000;
 /** 50 ms of 20,000 queries a second, at about 1 KiB of kernel memory each. */
 const RECEIVE_BUFFER = 1024 * 1024;
@@ -103,6 +92,7 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
   const count = (name: string): void => {
     counters[name] = (counters[name] ?? 0) + 1;
   };
+  const sendFailed = (): void => count('send_failed');
 
   /** Undefined for a source that we do not serve (IPv6 cannot happen: both sockets are IPv4). */
   function sourceOf(text: string): Ipv4 | undefined {
@@ -181,6 +171,10 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
 
   function onDatagram(udp: UdpSocket, message: Buffer, from: RemoteInfo): void {
     counters['queries_udp']!++;
+    if (!isAnswerable(from)) {
+      count('malformed');
+      return;
+    }
     const source = sourceOf(from.address);
     if (source === undefined) {
       count('off_link');
@@ -205,88 +199,40 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
           const reply = Bytes.from(held.reply);
           reply[0] = message[0]!;
           reply[1] = message[1]!;
-          udp.send(reply, from.port, from.address);
+          sendAnswer(udp, reply, from, sendFailed);
           return;
         }
       }
     }
     respond(message, source, udpLimit, key).then(
       (reply) => {
-        if (reply !== undefined && !stopped) udp.send(reply, from.port, from.address);
+        if (reply !== undefined && !stopped) sendAnswer(udp, reply, from, sendFailed);
       },
       (error: Error) => log.error({ error: error.message, peer: from.address }, 'a DNS query failed'),
     );
   }
 
-  function onClient(socket: Socket): void {
-    const source = sourceOf(socket.remoteAddress ?? '');
-    if (source === undefined || open.size >= DNS_TCP_CLIENTS_MAX) {
-      count(source === undefined ? 'off_link' : 'tcp_refused');
-      socket.destroy();
-      return;
-    }
-    counters['tcp_clients']!++;
-    open.add(socket);
-    socket.setNoDelay(true);
-    socket.setTimeout(DNS_TCP_IDLE_MS, () => socket.destroy());
-    socket.on('error', () => socket.destroy());
-    socket.on('close', () => open.delete(socket));
-    let received: Buffer = Bytes.alloc(0);
-    let waiting = 0;
-    const drain = (): void => {
-      while (received.length >= 2 && !socket.destroyed) {
-        const length = received.readUInt16BE(0);
-        if (received.length < 2 + length) break;
-        // A client that asks and does not read must not make us hold its answers.
-        if (waiting >= DNS_TCP_PIPELINE_MAX || socket.writableLength > DNS_TCP_UNREAD_MAX) {
-          socket.pause();
-          return;
-        }
-        const message = Bytes.from(received.subarray(2, 2 + length));
-        received = received.subarray(2 + length);
-        waiting++;
-        counters['queries_tcp']!++;
-        respond(message, source, () => TCP_MESSAGE_MAX, undefined)
-          .then(
-            (reply) => {
-              if (reply === undefined || reply.length === HEADER_ONLY) {
-                // Not a question: whoever speaks so over TCP is not a resolver.
-                count('tcp_broken');
-                if (reply === undefined) socket.destroy();
-                else socket.end(frame(reply));
-              } else if (!socket.destroyed) socket.write(frame(reply));
-            },
-            (error: Error) => log.error({ error: error.message }, 'a DNS query over TCP failed'),
-          )
-          .finally(() => {
-            waiting--;
-            goOn();
-          });
-      }
-    };
-    const goOn = (): void => {
-      if (socket.writableLength > DNS_TCP_UNREAD_MAX) return;
-      if (socket.isPaused()) socket.resume();
-      drain();
-    };
-    socket.on('drain', goOn);
-    socket.on('data', (chunk: Buffer) => {
-      // At most one partial message plus what one read brings is held.
-      received = received.length === 0 ? chunk : Bytes.concat([received, chunk]);
-      drain();
-    });
-    socket.on('end', () => socket.end());
-  }
-
   let stopped = false;
-  const open = new Set<Socket>();
-  const { udp, tcp, port } = await bindBoth(address, options.port ?? 53);
-  udp.on('error', () => count('send_failed'));
+  const sockets = await bindDns(address, options.port ?? 53, RECEIVE_BUFFER);
+  const { udp, tcp, port } = sockets;
+  udp.on('error', sendFailed);
   udp.on('message', (message, from) => onDatagram(udp, message, from));
   tcp.on('error', (error) =>
     log.warn({ error: error.message, address, port }, 'the DNS server over TCP failed'),
   );
-  tcp.on('connection', onClient);
+  const closeClients = serveTcp(tcp, {
+    admit(text) {
+      const source = sourceOf(text);
+      if (source === undefined) count('off_link');
+      return source;
+    },
+    respond(message, source) {
+      counters['queries_tcp']!++;
+      return respond(message, source, () => TCP_MESSAGE_MAX, undefined);
+    },
+    count: (event) => count(event === 'client' ? 'tcp_clients' : `tcp_${event}`),
+    failed: (error) => log.error({ error: error.message }, 'a DNS query over TCP failed'),
+  });
   log.info({ address, port }, 'DNS server listens');
 
   let ended: Promise<void> | undefined;
@@ -300,8 +246,8 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
       stopped = true;
       ended ??= (async () => {
         forwarder.stop();
-        for (const socket of open) socket.destroy();
-        await Promise.all([closeUdp(udp), closeTcp(tcp)]);
+        closeClients();
+        await sockets.close();
       })();
       return ended;
     },
@@ -321,78 +267,4 @@ async function within(wait: Promise<void>, ms: number): Promise<boolean> {
   } finally {
     clearTimeout(timer);
   }
-}
-
-/** Both sockets on one port, or none. */
-async function bindBoth(
-  address: string,
-  wanted: number,
-): Promise<{ readonly udp: UdpSocket; readonly tcp: Server; readonly port: number }> {
-  // A port that the kernel chose for UDP may be taken for TCP; only then is another try worth it.
-  for (let tries = wanted === 0 ? 8 : 1; ; tries--) {
-    const udp = await bindUdp(address, wanted);
-    const { port } = udp.address();
-    try {
-      return { udp, tcp: await bindTcp(address, port), port };
-    } catch (error) {
-      await closeUdp(udp);
-      if (tries <= 1) throw error;
-    }
-  }
-}
-
-function bindUdp(address: string, port: number): Promise<UdpSocket> {
-  return new Promise((resolve, reject) => {
-    const udp = createSocket({
-      type: 'udp4',
-      // Peers are numeric addresses: nothing is to be looked up on the way out.
-      lookup: (host, _options, done) => done(null, host, 4),
-    });
-    udp.once('error', (error) => {
-      udp.close();
-      reject(bindError(error, 'UDP', address, port));
-    });
-    udp.bind({ address, port, exclusive: true }, () => {
-      udp.removeAllListeners('error');
-      sizeReceives(udp, DNS_UDP_MESSAGE_MAX, RECEIVE_BUFFER);
-      resolve(udp);
-    });
-  });
-}
-
-function bindTcp(address: string, port: number): Promise<Server> {
-  return new Promise((resolve, reject) => {
-    const tcp = createServer();
-    tcp.once('error', (error) => reject(bindError(error, 'TCP', address, port)));
-    tcp.listen({ host: address, port, backlog: DNS_TCP_CLIENTS_MAX }, () => {
-      tcp.removeAllListeners('error');
-      resolve(tcp);
-    });
-  });
-}
-
-/** What stands in the way, in words; shared with the multicast server. */
-export function bindError(error: Error, protocol: string, address: string, port: number): EdgewayError {
-  const code = (error as { code?: string }).code ?? '';
-  const taken = code === 'EADDRINUSE' || /in use/i.test(error.message);
-  const why = taken
-    ? 'another program listens there'
-    : code === 'EADDRNOTAVAIL'
-      ? 'no interface carries this address'
-      : code === 'EACCES'
-        ? 'this needs CAP_NET_BIND_SERVICE'
-        : error.message;
-  return new EdgewayError(
-    taken ? 'address_taken' : 'host_unsupported',
-    `cannot listen on ${protocol} ${address}:${port}: ${why}`,
-    { cause: error },
-  );
-}
-
-function closeUdp(udp: UdpSocket): Promise<void> {
-  return new Promise((resolve) => udp.close(() => resolve()));
-}
-
-function closeTcp(tcp: Server): Promise<void> {
-  return new Promise((resolve) => tcp.close(() => resolve()));
 }

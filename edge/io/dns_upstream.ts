@@ -9,6 +9,7 @@ import { connect, isIP } from 'node:net';
 import { Address6 } from 'ip-address';
 import { LRUCache } from 'lru-cache';
 import { sizeReceives } from '#udp';
+import { frame } from '../../coordinator/io/dns_sockets.ts';
 import {
   DNS_CACHE_BYTES_MAX,
   DNS_CACHE_ENTRIES_MAX,
@@ -299,11 +300,3 @@ export function createForwarder(options: ForwarderOptions): Forwarder {
 /** The runtimes differ in whether they name the link that a link-local answer came by. */
 const withoutZone = (address: string): string => address.replace(/%.*$/, '');
 const id = (server: Upstream): string => `${server.address}#${server.port}`;
-
-/** RFC 1035 §4.2.2: over TCP a message is led by its length in two octets. */
-export function frame(message: Buffer): Buffer {
-  const framed = Bytes.allocUnsafe(message.length + 2);
-  framed.writeUInt16BE(message.length, 0);
-  message.copy(framed, 2);
-  return framed;
-}

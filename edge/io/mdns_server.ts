@@ -1,7 +1,8 @@
 // The sockets of the multicast face, on one interface: the bridge, or a LAN when the operator asks for it. mdns-server
-// makes and reads them and sends what goes to the group. Four things go around it, because it cannot do them: it joins
+// makes and reads them and sends what goes to the group. Five things go around it, because it cannot do them: it joins
 // the group wherever the default route points, it sends unicast replies nowhere, it does not say whether a message
-// came to the group or to us, and it loses the sockets of a failed start. Refuses messages from outside the
+// came to the group or to us, it makes room for as many records as a header promises, and it loses the sockets of a
+// failed start. Refuses messages from outside the
 // interface's own subnet (RFC 6762 §11): Linux hands a socket every group packet that any socket of the host joined.
 import type { Buffer } from 'node:buffer';
 import { randomInt } from 'node:crypto';
@@ -9,17 +10,18 @@ import type { RemoteInfo, Socket } from 'node:dgram';
 import { type DecodedPacket, encode, type Packet } from 'dns-packet';
 import createMdns from 'mdns-server';
 import { sizeReceives } from '#udp';
+import { bindError, isAnswerable } from '../../coordinator/io/dns_sockets.ts';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError, toEdgewayError } from '../../src/error.ts';
 import { MDNS_MESSAGE_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { LABEL_LENGTH_MAX, parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
+import { countsFit } from '../../src/wire/dns.ts';
 import type { Clock } from '../ports.ts';
 import { MDNS_PORT, MdnsResponder, type MdnsSource } from '../resolver/mdns.ts';
 import { type Alias, AliasClaims } from '../resolver/mdns_alias.ts';
 import type { NameTable } from '../routes/table.ts';
-import { bindError } from './dns_server.ts';
 
 const GROUP = '224.0.0.251';
 /** mdns-server opens two sockets in turn; it has no deadline of its own. */
@@ -98,10 +100,15 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
       return;
     }
     leaving++;
-    sockets.send.send(bytes, 0, bytes.length, port, host, (error) => {
+    const sent = (error?: Error | null): void => {
       leaving--;
       if (error !== null && error !== undefined) counters.mdns_send_failed++;
-    });
+    };
+    try {
+      sockets.send.send(bytes, 0, bytes.length, port, host, sent);
+    } catch (error) {
+      sent(error as Error);
+    }
   }
 
   /** Sends what the machines want to say and sleeps until the next deadline. */
@@ -236,7 +243,7 @@ async function open(
   name: string,
   address: string,
   log: Logger,
-  counters: { mdns_send_failed: number },
+  counters: { mdns_malformed: number; mdns_send_failed: number },
 ): Promise<Sockets> {
   const made = new Set<Socket>();
   const failures: Error[] = [];
@@ -246,6 +253,14 @@ async function open(
     made.add(socket);
     socket.once('close', () => made.delete(socket));
     socket.on('error', (error) => failures.push(error));
+    // What arrives at the socket bound to our own address was sent to us alone.
+    const direct = socket === send;
+    const readers = socket.listeners('message') as ((message: Buffer, from: RemoteInfo) => void)[];
+    socket.removeAllListeners('message');
+    socket.on('message', (message, from) => {
+      if (!isAnswerable(from) || !countsFit(message)) counters.mdns_malformed++;
+      else for (const read of readers) read(message, { ...from, direct } as RemoteInfo);
+    });
   };
   // mdns-server writes its sockets into the interface object that it is given: that is where they are caught.
   const face = {
@@ -257,12 +272,7 @@ async function open(
     },
     set socketSend(socket: Socket | null) {
       send = socket ?? undefined;
-      if (socket === null) return;
-      adopt(socket);
-      // Bound to our address: what arrives here was sent to us alone.
-      socket.prependListener('message', (_message, from) => {
-        (from as { direct?: boolean }).direct = true;
-      });
+      if (socket !== null) adopt(socket);
     },
     get socketRecv(): Socket | null {
       return receive ?? null;

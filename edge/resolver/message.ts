@@ -11,6 +11,7 @@ import * as packet from 'dns-packet';
 import { formatIpv4 } from '../../src/addr.ts';
 import { DNS_UDP_EDNS_MAX, DNS_UDP_PLAIN_MAX } from '../../src/limits.ts';
 import { LABEL_LENGTH_MAX } from '../../src/name.ts';
+import { countsFit } from '../../src/wire/dns.ts';
 import type { Decision, LocalRecord } from './resolver.ts';
 
 const HEADER = 12; // RFC 1035 §4.1.1
@@ -59,7 +60,7 @@ export function parseQuery(message: Buffer): Parsed {
   // An answer is never answered: two servers would talk for ever.
   if ((flags & QR) !== 0) return { reply: undefined };
   if ((flags & OPCODE) !== 0) return { reply: bare(message, RCODE.notimp) };
-  if (message.readUInt16BE(4) !== 1) return { reply: bare(message, RCODE.formerr) };
+  if (message.readUInt16BE(4) !== 1 || !countsFit(message)) return { reply: bare(message, RCODE.formerr) };
   const end = questionEnd(message);
   if (end === undefined) return { reply: bare(message, RCODE.formerr) };
   let decoded: packet.DecodedPacket;

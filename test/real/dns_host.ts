@@ -3,8 +3,13 @@
 import { createServer } from 'node:http';
 import process from 'node:process';
 import { createInterface } from 'node:readline';
+import { serveOutside } from '../../coordinator/io/outside_server.ts';
+import { MemoryStore } from '../../coordinator/memory.ts';
+import { parseZone } from '../../coordinator/outside.ts';
 import { startDnsServer } from '../../edge/io/dns_server.ts';
 import { startMdns } from '../../edge/io/mdns_server.ts';
+import { unwrap } from '../../src/error.ts';
+import { Keys } from '../../src/keys.ts';
 import { SILENT } from '../../src/log.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { CART, id, ip, service, world } from '../edge/resolver/world.ts';
@@ -15,6 +20,10 @@ interface Options {
   readonly mdns?: boolean;
   /** Two-label name of cart on the bridge as if it were a LAN. */
   readonly alias?: string;
+  /** The bridge's own prefix is all that the unicast server serves. */
+  readonly linkOnly?: boolean;
+  /** Port of an outside DNS for edge.example.org, which knows nothing. */
+  readonly outside?: number;
   /** Address of a web page. */
   readonly page?: string;
 }
@@ -49,7 +58,19 @@ const common = {
 const aliases = options.alias === undefined ? {} : { aliases: [{ name: options.alias, service: CART }] };
 
 try {
-  const dns = await startDnsServer({ ...common, upstreams: () => options.upstreams ?? [] });
+  const links = options.linkOnly === true ? { clients: [subnet] } : {};
+  const dns = await startDnsServer({ ...common, ...links, upstreams: () => options.upstreams ?? [] });
+  const outside =
+    options.outside === undefined
+      ? undefined
+      : await serveOutside({
+          kv: new MemoryStore(clock.monotonicMs).connect(),
+          keys: new Keys(),
+          zone: unwrap(parseZone('edge.example.org')),
+          host: '172.16.0.65',
+          port: options.outside,
+          log: SILENT,
+        });
   const mdns =
     options.mdns === false ? undefined : await startMdns({ ...common, interface: 'br0', subnet, ...aliases });
   mdns?.changed([CART]);
@@ -79,6 +100,7 @@ try {
   }
   page.closeAllConnections();
   page.close();
+  await outside?.stop();
   await mdns?.stop();
   await dns.stop();
 } catch (error) {
