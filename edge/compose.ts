@@ -185,8 +185,12 @@ async function start(
       ...(config.loadFile === undefined ? {} : { loadFile: config.loadFile }),
     }),
     startLoop: startPacketLoop,
-    startNames: (subnet, needsOf) =>
-      startNames({ config, table, log, subnet, needsOf, onLookup: (service) => routes.ask(service) }),
+    startNames: (subnet, needsOf, plan) =>
+      startNames({
+        ...{ config, table, log, subnet, needsOf, plan },
+        onLookup: (service, source) => routes.ask(service, source),
+        onAddress: (address, source) => routes.askAddress(address, source),
+      }),
     runtime: runtimeName(),
     version,
   });

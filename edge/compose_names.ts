@@ -5,7 +5,7 @@ import { EdgewayError, unwrap } from '../src/error.ts';
 import { HOST_RESOLVER_CHECK_MS } from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import type { ServiceId } from '../src/name.ts';
-import { layoutOf } from '../src/plan.ts';
+import { layoutOf, type Plan } from '../src/plan.ts';
 import type { NameServer, NeedsOf } from './agent.ts';
 import type { AgentConfig } from './config.ts';
 import { Observer } from './host/observe.ts';
@@ -40,16 +40,19 @@ export interface NamesOptions {
   readonly log: Logger;
   readonly subnet: Cidr;
   readonly needsOf: NeedsOf;
-  /** See DnsServerOptions. */
-  readonly onLookup?: (service: ServiceId) => void | Promise<void>;
+  readonly plan: Plan;
+  /** See DnsServerOptions. Without a source when the node itself asks. */
+  readonly onLookup?: (service: ServiceId, source?: Ipv4) => undefined | Promise<unknown>;
+  readonly onAddress?: (address: Ipv4, source: Ipv4) => undefined | Promise<unknown>;
 }
 
 export async function startNames(options: NamesOptions): Promise<NameServer> {
-  const { config, table, log, subnet, needsOf } = options;
+  const { config, table, log, subnet, needsOf, plan, onLookup, onAddress } = options;
   const clock = systemClock;
   const address = layoutOf(subnet).bridge;
-  const lookup = options.onLookup === undefined ? {} : { onLookup: options.onLookup };
-  const shared = { address, table, needsOf, ...lookup, log, clock };
+  const lookup = onLookup === undefined ? {} : { onLookup };
+  const addresses = onAddress === undefined ? {} : { onAddress };
+  const shared = { address, table, needsOf, plan, ...lookup, log, clock };
   // Instances and the host itself; nobody who merely has a route to the bridge.
   const clients = [subnet];
   const statePath = resolverStatePath(config.dataDir);
@@ -60,7 +63,7 @@ export async function startNames(options: NamesOptions): Promise<NameServer> {
   const counters: (() => Readonly<Record<string, number>>)[] = [];
   const listeners: ((services: ReadonlySet<ServiceId>) => void)[] = [];
   return Undo.guard(log, async (undo) => {
-    const dns = await startDnsServer({ ...shared, clients, upstreams });
+    const dns = await startDnsServer({ ...shared, ...addresses, clients, upstreams });
     undo.push('dns', () => dns.stop());
     counters.push(() => dns.counters());
     if (config.mdns) {
@@ -77,7 +80,7 @@ export async function startNames(options: NamesOptions): Promise<NameServer> {
       counters.push(() => onLan(mdns.counters()));
       listeners.push((services) => mdns.changed(services));
       // Nobody asks for the service by its own name there; it must be known all the same.
-      for (const { service } of aliases) void options.onLookup?.(service)?.catch(() => {});
+      for (const { service } of aliases) void onLookup?.(service)?.catch(() => {});
     }
     if (config.hostDns) {
       const host = await setUpHostResolver({

@@ -80,6 +80,13 @@ export const INTEREST_IDLE_MS = 1_800_000;
 export const INTEREST_NEGATIVE_MS = 10_000;
 /** Services that one agent follows: beyond it the least recently used that nothing here declares makes room. */
 export const INTERESTS_MAX = 4_096;
+/** Services and addresses that one asker may make an agent follow or look up anew: each costs etcd two listings and
+ *  two watches. An instance that starts asks for its needs at once; made-up names at this pace, kept for
+ *  INTEREST_NEGATIVE_MS, are 160 of INTERESTS_MAX. */
+export const INTEREST_ASKER_BURST = 128;
+export const INTEREST_ASKER_PER_S = 16;
+/** Askers whose use of it is remembered: the instances of a node and the host, four times. */
+export const INTEREST_ASKERS_MAX = 256;
 /** Addresses whose owner was looked up in vain, remembered for INTEREST_NEGATIVE_MS. */
 export const UNOWNED_ADDRESSES_MAX = 1_024;
 
@@ -170,6 +177,10 @@ export const DNS_UDP_EDNS_MAX = 1232;
 export const DNS_UDP_MESSAGE_MAX = 4_096;
 /** How long an unknown name waits for the keyspace to say whether it exists; stub resolvers give up after 5 s. */
 export const DNS_LOOKUP_WAIT_MS = 1_000;
+/** Questions, of all askers, that wait so at once; beyond it SERVFAIL comes at once. */
+export const DNS_LOOKUPS_WAITING_MAX = 1_024;
+/** The same for multicast questions, whose whole message waits; beyond it they get silence. */
+export const MDNS_LOOKUPS_WAITING_MAX = 256;
 /** Encoded answers kept for repeated questions: 4,096 × about 300 bytes of key and answer = 1.2 MB. */
 export const DNS_FAST_ENTRIES_MAX = 4_096;
 /** A query whose bytes exceed this is never remembered: 12 + 255 + 4 + an OPT with a cookie is 322. */

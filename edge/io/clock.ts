@@ -1,4 +1,4 @@
-// The real clock and its timers.
+// The real clock and its timers, and waiting for something no longer than a while.
 import { TIMER_MS_MAX } from '../../src/limits.ts';
 import type { Clock, Timers } from '../ports.ts';
 
@@ -13,3 +13,18 @@ export const systemTimers: Timers = {
     return () => clearTimeout(timer);
   },
 };
+
+/** True when the promise is fulfilled in time with anything but false. */
+export async function within(wait: Promise<unknown>, ms: number): Promise<boolean> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<boolean>((resolve) => {
+    timer = setTimeout(resolve, ms, false);
+  });
+  try {
+    return await Promise.race([wait.then((told) => told !== false), late]);
+  } catch {
+    return false;
+  } finally {
+    clearTimeout(timer);
+  }
+}

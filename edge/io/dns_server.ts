@@ -6,7 +6,7 @@ import { Buffer as Bytes } from 'node:buffer';
 import type { RemoteInfo, Socket as UdpSocket } from 'node:dgram';
 import { bindDns, isAnswerable, sendAnswer, serveTcp } from '../../coordinator/io/dns_sockets.ts';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
-import { DNS_LOOKUP_WAIT_MS } from '../../src/limits.ts';
+import { DNS_LOOKUP_WAIT_MS, DNS_LOOKUPS_WAITING_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
@@ -23,6 +23,7 @@ import {
 } from '../resolver/message.ts';
 import { answer, type Decision } from '../resolver/resolver.ts';
 import type { NameTable } from '../routes/table.ts';
+import { within } from './clock.ts';
 import { createForwarder } from './dns_upstream.ts';
 
 const TELL_EVERY_MS = 1_000;
@@ -39,11 +40,13 @@ export interface DnsServerOptions {
   /** Servers for everything that is not ours, in order: `address`, `address:port`, `[ipv6]:port`. */
   readonly upstreams: () => readonly string[];
   /**
-   * Told every valid name that is asked for, known or not (a known one that is asked again and again, once a second).
-   * When it returns a promise, an unknown service waits for
-   * it (at most DNS_LOOKUP_WAIT_MS) and is looked up once more; a promise that rejects or lasts longer is SERVFAIL.
+   * Told every valid name that is asked for, known or not (a known one that is asked again and again, once a second),
+   * and who asks. When it returns a promise, an unknown service waits for it (at most DNS_LOOKUP_WAIT_MS) and is
+   * looked up once more; a promise that is fulfilled with false, rejects or lasts longer is SERVFAIL.
    */
-  readonly onLookup?: (service: ServiceId) => void | Promise<void>;
+  readonly onLookup?: (service: ServiceId, source: Ipv4) => undefined | Promise<unknown>;
+  /** The same for an address of ours that the table knows nothing of, when its name is asked for. */
+  readonly onAddress?: (address: Ipv4, source: Ipv4) => undefined | Promise<unknown>;
   /** Services that the instance behind a namespace IP may use; undefined = any. Others are REFUSED. */
   readonly needsOf?: (source: Ipv4) => readonly ServiceId[] | undefined;
   /** Prefixes whose hosts are served; the listening address itself and loopback always are. Undefined = everyone. */
@@ -63,12 +66,14 @@ export interface DnsServer {
 
 /** Rejects with address_taken or host_unsupported when the address cannot be bound; nothing stays open then. */
 export async function startDnsServer(options: DnsServerOptions): Promise<DnsServer> {
-  const { table, log, clock, onLookup, needsOf, clients, plan } = options;
+  const { table, log, clock, onLookup, onAddress, needsOf, clients, plan } = options;
   const address = formatIpv4(options.address);
   const forwarder = createForwarder({ upstreams: options.upstreams, log, clock });
   const fast = new FastAnswers(table);
   const planOption = plan === undefined ? {} : { plan };
   const sources = new Map<string, Ipv4>();
+  /** Questions that wait for the keyspace. */
+  let waiting = 0;
   const counters: Record<string, number> = {
     queries_udp: 0,
     queries_tcp: 0,
@@ -141,17 +146,13 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
     if (query.edns !== undefined && query.edns.version !== 0) return encodeBadVersion(query, limit);
     let decision = decide(query, source);
     const service = 'service' in decision ? decision.service : undefined;
-    if (service !== undefined && decision.kind !== 'refused') {
-      const wait = onLookup?.(service);
-      const unknown = decision.kind === 'nxdomain' || decision.kind === 'servfail';
-      if (wait !== undefined && unknown) {
-        count('waited');
-        const known = await within(wait, DNS_LOOKUP_WAIT_MS);
-        decision = known
-          ? decide(query, source)
-          : { kind: 'servfail', service, why: `the keyspace has not told yet about ${service}` };
-        fastKey = undefined;
-      }
+    const wait = lookUp(decision, source);
+    if (wait !== undefined && (decision.kind === 'nxdomain' || decision.kind === 'servfail')) {
+      fastKey = undefined;
+      const isTold = waiting < DNS_LOOKUPS_WAITING_MAX && (await told(wait));
+      const what = service ?? `the address of ${query.name}`;
+      const why = `the keyspace has not told yet about ${what}`;
+      decision = isTold ? decide(query, source) : { kind: 'servfail', why };
     }
     count(decision.kind);
     if (decision.kind === 'forward') return forward(query, limit);
@@ -161,6 +162,23 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
       if (name.ok) fast.set(fastKey, name.value, decision.kind, reply);
     }
     return reply;
+  }
+
+  function lookUp(decision: Decision, source: Ipv4): undefined | Promise<unknown> {
+    if (decision.kind === 'refused') return undefined;
+    if ('service' in decision && decision.service !== undefined) return onLookup?.(decision.service, source);
+    if ('address' in decision && decision.address !== undefined) return onAddress?.(decision.address, source);
+    return undefined;
+  }
+
+  async function told(wait: Promise<unknown>): Promise<boolean> {
+    count('waited');
+    waiting++;
+    try {
+      return await within(wait, DNS_LOOKUP_WAIT_MS);
+    } finally {
+      waiting--;
+    }
   }
 
   async function forward(query: Query, limit: number): Promise<Buffer> {
@@ -191,7 +209,7 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
         const isFound = held.kind === 'answer' || held.kind === 'nodata';
         const isTold = isFound && now - held.toldMs < TELL_EVERY_MS;
         if (!isTold) held.toldMs = now;
-        const wait = isTold ? undefined : onLookup?.(service);
+        const wait = isTold ? undefined : onLookup?.(service, source);
         if (wait === undefined || isFound) {
           counters['fast']!++;
           count(held.kind);
@@ -252,19 +270,4 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
       return ended;
     },
   };
-}
-
-/** True when the promise is fulfilled in time. */
-async function within(wait: Promise<void>, ms: number): Promise<boolean> {
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  const late = new Promise<boolean>((resolve) => {
-    timer = setTimeout(resolve, ms, false);
-  });
-  try {
-    return await Promise.race([wait.then(() => true), late]);
-  } catch {
-    return false;
-  } finally {
-    clearTimeout(timer);
-  }
 }

@@ -13,7 +13,7 @@ import { sizeReceives } from '#udp';
 import { bindError, isAnswerable } from '../../coordinator/io/dns_sockets.ts';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError, toEdgewayError } from '../../src/error.ts';
-import { MDNS_MESSAGE_MAX } from '../../src/limits.ts';
+import { DNS_LOOKUP_WAIT_MS, MDNS_LOOKUPS_WAITING_MAX, MDNS_MESSAGE_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { LABEL_LENGTH_MAX, parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
@@ -22,6 +22,7 @@ import type { Clock } from '../ports.ts';
 import { MDNS_PORT, MdnsResponder, type MdnsSource } from '../resolver/mdns.ts';
 import { type Alias, AliasClaims } from '../resolver/mdns_alias.ts';
 import type { NameTable } from '../routes/table.ts';
+import { within } from './clock.ts';
 
 const GROUP = '224.0.0.251';
 /** mdns-server opens two sockets in turn; it has no deadline of its own. */
@@ -38,7 +39,7 @@ export interface MdnsServerOptions {
   readonly subnet: Cidr;
   readonly table: NameTable;
   /** As for the unicast server; a promise makes the question be looked at again when it is fulfilled. */
-  readonly onLookup?: (service: ServiceId) => void | Promise<void>;
+  readonly onLookup?: (service: ServiceId, source: Ipv4) => undefined | Promise<unknown>;
   /** As for the unicast server; what is outside gets silence. */
   readonly needsOf?: (source: Ipv4) => readonly ServiceId[] | undefined;
   readonly plan?: Plan;
@@ -92,6 +93,8 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
   let stopped = false;
   /** Messages handed to the kernel whose callback is still to come. */
   let leaving = 0;
+  /** Questions that wait for the keyspace. */
+  let waiting = 0;
 
   function send(packet: Packet, port: number, host: string): void {
     const bytes = encodeChecked(packet);
@@ -133,6 +136,21 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
     );
   }
 
+  /** A name that nobody here asked for before: the question is put again when the keyspace has told of it. */
+  async function answerLater(
+    wait: Promise<unknown>,
+    packet: DecodedPacket,
+    asker: MdnsSource,
+    needs: readonly ServiceId[] | undefined,
+  ): Promise<void> {
+    waiting++;
+    const isTold = await within(wait, DNS_LOOKUP_WAIT_MS);
+    waiting--;
+    if (!isTold || stopped) return;
+    responder.handleQuery(packet, asker, clock.monotonicMs(), needs);
+    drain();
+  }
+
   /** On-link by source address; undefined and counted otherwise. */
   function sourceOf(from: RemoteInfo): Ipv4 | undefined {
     const source = parseIpv4(from.address);
@@ -158,21 +176,10 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
       const { service } = parsed.value;
       if (needs !== undefined && !needs.includes(service)) continue;
       const unknown = table.service(service) === undefined;
-      const wait = onLookup(service);
-      if (wait === undefined || !unknown) continue;
-      wait.then(
-        () => {
-          if (stopped || table.service(service) === undefined) return;
-          const only = {
-            ...packet,
-            questions: packet.questions?.filter((question) => question.name === name),
-          };
-          responder.handleQuery(only as DecodedPacket, asker, clock.monotonicMs(), needs);
-          drain();
-        },
-        (error: Error) =>
-          log.debug({ service, error: error.message }, 'a name asked by multicast stays unknown'),
-      );
+      const wait = onLookup(service, source);
+      if (wait === undefined || !unknown || waiting >= MDNS_LOOKUPS_WAITING_MAX) continue;
+      const questions = packet.questions?.filter((question) => question.name === name);
+      void answerLater(wait, { ...packet, ...(questions && { questions }) }, asker, needs);
     }
   });
   sockets.mdns.on('response', (packet, from) => {

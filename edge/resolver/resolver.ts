@@ -37,7 +37,8 @@ export type LocalRecord =
     };
 
 /**
- * What to say. `service` is set when the question was a valid name of ours. `zone` owns the SOA of a negative answer
+ * What to say. `service` is set when the question was a valid name of ours, `address` when it was about one that the
+ * table knows nothing of; `zone` owns the SOA of a negative answer
  * and `ttl` bounds its caching, seconds (RFC 2308 §3). `why` is one sentence for people.
  */
 export type Decision =
@@ -58,12 +59,18 @@ export type Decision =
   | {
       readonly kind: 'nxdomain';
       readonly service?: ServiceId;
+      readonly address?: Ipv4;
       readonly zone: string;
       readonly ttl: number;
       readonly why: string;
     }
   | { readonly kind: 'soa'; readonly zone: string; readonly ttl: number }
-  | { readonly kind: 'servfail'; readonly service?: ServiceId; readonly why: string }
+  | {
+      readonly kind: 'servfail';
+      readonly service?: ServiceId;
+      readonly address?: Ipv4;
+      readonly why: string;
+    }
   | { readonly kind: 'refused'; readonly service?: ServiceId; readonly why: string }
   | { readonly kind: 'forward' };
 
@@ -193,8 +200,9 @@ function answerReverse(question: Question, lower: string, table: NameTable, plan
     };
   }
   if (!isService) return { kind: 'forward' };
-  if (!table.synced) return { kind: 'servfail', why: 'the routing table is not complete yet' };
-  return { kind: 'nxdomain', zone, ttl: DNS_NEGATIVE_TTL_S, why: `${formatIpv4(address)} belongs to nobody` };
+  if (!table.synced) return { kind: 'servfail', address, why: 'the routing table is not complete yet' };
+  const why = `${formatIpv4(address)} belongs to nobody`;
+  return { kind: 'nxdomain', address, zone, ttl: DNS_NEGATIVE_TTL_S, why };
 }
 
 /** `5.0.30.172.in-addr.arpa` → 172.30.0.5 (RFC 1035 §3.5); undefined for anything but four plain octets. */

@@ -6,7 +6,7 @@ import type { Keyspace, KeyspaceBatch, KeyspaceListener } from '../../coordinato
 import type { Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import type { Key, Keys } from '../../src/keys.ts';
-import { UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
+import { DNS_LOOKUP_WAIT_MS, UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { Interest, type InterestLimits } from './interest.ts';
 import type { Snapshot } from './snapshot.ts';
@@ -87,6 +87,14 @@ interface Waiter {
   readonly resolve: () => void;
 }
 
+interface Awaited {
+  readonly service: ServiceId;
+  readonly told: Promise<boolean>;
+  readonly end: (isTold: boolean) => void;
+}
+
+const REFUSED = Promise.resolve(false);
+
 /** Revisions remembered for `waitFor`: a burst of deploys waits for far fewer. */
 const RECENT_MAX = 4_096;
 
@@ -101,8 +109,8 @@ export class RouteFollower {
   readonly #deltas = new Set<(delta: RouteDelta) => void>();
   readonly #liveness = new Set<(live: boolean) => void>();
   readonly #waiters = new Set<Waiter>();
-  /** Those who wait for the first listing of a path. */
-  readonly #awaited = new Map<string, Set<() => void>>();
+  /** By each path of a service: those who wait for the first listings of it. */
+  readonly #awaited = new Map<string, Awaited>();
   readonly #recent = new Set<number>();
   /** Keys from the snapshot whose path is not followed yet. */
   readonly #known = new Set<string>();
@@ -115,6 +123,10 @@ export class RouteFollower {
   readonly #nodeUsers = new Map<string, number>();
   /** When an address was last looked up in vain. */
   readonly #unowned = new Map<Ipv4, number>();
+  /** Addresses that are being looked up. */
+  readonly #asking = new Map<Ipv4, Promise<boolean>>();
+  readonly #exists = (service: ServiceId): boolean =>
+    this.table.service(service) !== undefined || this.table.instancesOf(service).length > 0;
   #cancelExpiry: () => void = () => {};
   #live = false;
   #closed = false;
@@ -178,44 +190,61 @@ export class RouteFollower {
   }
 
   /**
-   * Somebody asks for a service. Undefined when the table can answer now (also that there is none); otherwise a
-   * promise for the moment when it can. It never rejects; whoever waits bounds the wait.
+   * Somebody asks for a service; `asker` is whose budget new ones are taken from. Undefined when the table can answer
+   * now (also that there is none); otherwise a promise that says whether it can: true once it does, false when the
+   * store does not tell within DNS_LOOKUP_WAIT_MS or the service is not followed for want of room or budget. Never
+   * rejects. All who wait for one service share one promise, so that waiting costs the same for any number of them.
    */
-  ask(service: ServiceId): Promise<void> | undefined {
+  ask(service: ServiceId, asker?: number): Promise<boolean> | undefined {
     const { interest, now } = this.#demand();
     if (interest === undefined) return undefined;
-    const { begin, end } = interest.use(service, now);
-    if (end !== undefined) this.#end(end);
-    if (begin) this.#begin(service);
-    const paths = this.#pathsOf(service).filter((path) => !this.keyspace.isComplete(path));
-    if (paths.length === 0) return undefined;
-    return Promise.all(paths.map((path) => this.#listed(path))).then(() => {});
+    const use = interest.use(service, now, this.#live, this.#exists, asker);
+    if (use.kind === 'refused') return REFUSED;
+    if (use.kind === 'begin') {
+      if (use.end !== undefined) this.#end(use.end);
+      this.#begin(service);
+    }
+    return this.#isTold(service) ? undefined : this.#wait(service);
   }
 
-  /** A packet named an address that no route knows: finds its service and follows it. Errors of the store are lost. */
-  async askAddress(address: Ipv4): Promise<void> {
+  /**
+   * Somebody asks for an address that no route knows: finds its service and follows it. True when the table can tell
+   * whose it is, or that it is nobody's; false as for `ask`. Never rejects.
+   */
+  async askAddress(address: Ipv4, asker?: number): Promise<boolean> {
     const { interest, now } = this.#demand();
     const options = this.#options;
-    if (interest === undefined || options === undefined) return;
+    if (interest === undefined || options === undefined) return this.table.synced;
     const known = this.table.nameOf(address);
-    if (known !== undefined) return this.ask(known.service);
+    if (known !== undefined) return this.ask(known.service) ?? true;
     const vain = this.#unowned.get(address);
-    if (vain !== undefined && now - vain < options.negativeMs) return;
-    // Entered before the answer: one lookup at a time, and a store that is away is not asked per packet.
-    this.#unowned.delete(address);
-    this.#unowned.set(address, now);
-    if (this.#unowned.size > UNOWNED_ADDRESSES_MAX)
-      for (const oldest of this.#unowned.keys()) {
-        this.#unowned.delete(oldest);
-        break;
-      }
+    if (vain !== undefined && now - vain < options.negativeMs) return true;
+    // One look-up of an address at a time: a store that is away is not asked per packet.
+    let asking = this.#asking.get(address);
+    if (asking === undefined) {
+      if (this.#asking.size >= UNOWNED_ADDRESSES_MAX || !interest.afford(asker, now)) return false;
+      asking = this.#findOwner(address, options);
+      this.#asking.set(address, asking);
+    }
+    return asking;
+  }
+
+  async #findOwner(address: Ipv4, options: InterestOptions): Promise<boolean> {
     try {
       const service = await options.ownerOf(address);
-      if (service === undefined) return;
+      if (service !== undefined) return (await this.ask(service)) ?? true;
       this.#unowned.delete(address);
-      await this.ask(service);
+      this.#unowned.set(address, options.now());
+      if (this.#unowned.size > UNOWNED_ADDRESSES_MAX)
+        for (const oldest of this.#unowned.keys()) {
+          this.#unowned.delete(oldest);
+          break;
+        }
+      return true;
     } catch {
-      this.#unowned.delete(address);
+      return false;
+    } finally {
+      this.#asking.delete(address);
     }
   }
 
@@ -267,6 +296,7 @@ export class RouteFollower {
   async close(): Promise<void> {
     this.#closed = true;
     this.#cancelExpiry();
+    for (const { end } of [...this.#awaited.values()]) end(false);
     this.#deltas.clear();
     this.#liveness.clear();
     await this.keyspace.close();
@@ -308,7 +338,7 @@ export class RouteFollower {
     const { interest, now } = this.#demand();
     if (interest === undefined) return;
     for (const service of delta.services) {
-      interest.use(service, now);
+      interest.resume(service, now);
       this.#begin(service);
       this.#followNodes(service);
     }
@@ -316,24 +346,31 @@ export class RouteFollower {
 
   #end(service: ServiceId): void {
     for (const path of this.#pathsOf(service)) {
-      this.#settleListed(path);
+      this.#awaited.get(path)?.end(false);
       void this.keyspace.unfollow(path);
     }
   }
 
-  #listed(path: string): Promise<void> {
-    return new Promise((resolve) => {
-      let waiting = this.#awaited.get(path);
-      if (waiting === undefined) {
-        waiting = new Set();
-        this.#awaited.set(path, waiting);
-      }
-      waiting.add(resolve);
-    });
+  #isTold(service: ServiceId): boolean {
+    return this.#pathsOf(service).every((path) => this.keyspace.isComplete(path));
   }
-  #settleListed(path: string): void {
-    for (const resolve of this.#awaited.get(path) ?? []) resolve();
-    this.#awaited.delete(path);
+
+  #wait(service: ServiceId): Promise<boolean> {
+    const paths = this.#pathsOf(service);
+    const held = this.#awaited.get(paths[0]!);
+    if (held !== undefined) return held.told;
+    let settle = (_told: boolean): void => {};
+    const told = new Promise<boolean>((resolve) => {
+      settle = resolve;
+    });
+    const end = (isTold: boolean): void => {
+      cancel();
+      for (const path of paths) this.#awaited.delete(path);
+      settle(isTold);
+    };
+    const cancel = this.#after(DNS_LOOKUP_WAIT_MS, () => end(false));
+    for (const path of paths) this.#awaited.set(path, { service, told, end });
+    return told;
   }
 
   #armExpiry(): void {
@@ -343,12 +380,7 @@ export class RouteFollower {
     const everyMs = Math.min(options.idleMs, options.negativeMs) * EXPIRY_FRACTION;
     this.#cancelExpiry = this.#after(everyMs, () => {
       if (this.#closed) return;
-      const ended = interest.expire(
-        options.now(),
-        this.#live,
-        (service) => this.table.service(service) !== undefined || this.table.instancesOf(service).length > 0,
-        options.busy,
-      );
+      const ended = interest.expire(options.now(), this.#live, this.#exists, options.busy);
       for (const service of ended) this.#end(service);
       this.#armExpiry();
     });
@@ -367,7 +399,10 @@ export class RouteFollower {
     }
     if (delta.services.size > 0 || delta.nodes.size > 0 || wasSynced !== this.table.synced)
       for (const listener of this.#deltas) listener(delta);
-    if (batch.kind === 'snapshot') this.#settleListed(batch.path);
+    if (batch.kind === 'snapshot') {
+      const awaited = this.#awaited.get(batch.path);
+      if (awaited !== undefined && this.#isTold(awaited.service)) awaited.end(true);
+    }
     for (const waiter of this.#waiters) if (this.#reached(waiter.revision)) waiter.resolve();
   }
 

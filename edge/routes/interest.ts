@@ -1,6 +1,9 @@
 // What this node must know about: services that its instances are or declare in `needs` (pinned), and services that
 // were asked for by name or by packet (used). A pure bookkeeper: it says what to begin and what to end, and ends
-// nothing while the store is away, because then nothing that is forgotten could be learned again.
+// nothing while the store is away, because then nothing that is forgotten could be learned again. No asker can make it
+// forget what others use by asking for names that are new all the time.
+import { Budgets } from '../../src/budget.ts';
+import { INTEREST_ASKER_BURST, INTEREST_ASKER_PER_S, INTEREST_ASKERS_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
 
 export interface InterestLimits {
@@ -11,8 +14,20 @@ export interface InterestLimits {
   readonly max: number;
 }
 
+/** What becomes of a use. `end`: what makes room for it, if anything. */
+export type Use =
+  | { readonly kind: 'followed' }
+  | { readonly kind: 'begin'; readonly end: ServiceId | undefined }
+  /** There is no room while the store is away, or the asker wants too much that is new. */
+  | { readonly kind: 'refused' };
+
 export class Interest {
   readonly #limits: InterestLimits;
+  readonly #budgets = new Budgets({
+    burst: INTEREST_ASKER_BURST,
+    perS: INTEREST_ASKER_PER_S,
+    callersMax: INTEREST_ASKERS_MAX,
+  });
   /** Last use by service; a Map in order of last use, oldest first. */
   readonly #used = new Map<ServiceId, number>();
   #pinned: ReadonlySet<ServiceId> = new Set();
@@ -42,17 +57,49 @@ export class Interest {
     return begin;
   }
 
-  /** Somebody asked for it. `begin`: it must be followed from now on; `end`: what makes room for it, if anything. */
-  use(service: ServiceId, nowMs: number): { readonly begin: boolean; readonly end: ServiceId | undefined } {
-    const begin = !this.has(service);
+  /**
+   * Somebody asked for it. `live`: whether the store is there; `exists`: whether a service was found; `asker`: whose
+   * budget something new is taken from, if anybody's.
+   */
+  use(
+    service: ServiceId,
+    nowMs: number,
+    live: boolean,
+    exists: (service: ServiceId) => boolean,
+    asker?: number,
+  ): Use {
+    if (this.has(service)) {
+      this.#touch(service, nowMs);
+      return { kind: 'followed' };
+    }
+    const full = this.size >= this.#limits.max;
+    // With the store away nothing that makes room could be learned again.
+    if ((full && !live) || !this.afford(asker, nowMs)) return { kind: 'refused' };
+    const end = full ? this.#least(exists) : undefined;
+    if (end !== undefined) this.#used.delete(end);
     this.#touch(service, nowMs);
-    if (!begin || this.size <= this.#limits.max) return { begin, end: undefined };
-    for (const oldest of this.#used.keys())
-      if (!this.#pinned.has(oldest) && oldest !== service) {
-        this.#used.delete(oldest);
-        return { begin, end: oldest };
-      }
-    return { begin, end: undefined };
+    return { kind: 'begin', end };
+  }
+
+  /** Takes up what was followed before a restart, also beyond the bound: it is held already. */
+  resume(service: ServiceId, nowMs: number): void {
+    this.#touch(service, nowMs);
+  }
+
+  /** Takes one look-up from the budget of an asker; false when it has used it up. */
+  afford(asker: number | undefined, nowMs: number): boolean {
+    return asker === undefined || this.#budgets.take(asker, nowMs);
+  }
+
+  /** What can be spared: what does not exist before what does, and of these what was used longest ago. */
+  #least(exists: (service: ServiceId) => boolean): ServiceId | undefined {
+    let oldest: ServiceId | undefined;
+    for (const service of this.#used.keys()) {
+      if (this.#pinned.has(service)) continue;
+      if (!exists(service)) return service;
+      oldest ??= service;
+    }
+    return oldest;
   }
 
   /**

@@ -84,4 +84,35 @@ test('edgeway resolve names the label at fault and what was probably meant', asy
   await lab.end(node.agent!);
 });
 
+test('a start announces by multicast what the node knew already', async () => {
+  const node = await lab.startAgent(1, ['--register', 'auto'], '');
+  await until('announcements', 20_000, async () => {
+    const { stdout } = await lab.exec(node.netns, [
+      ...['curl', '-s', '--unix-socket', node.apiSocket, 'http://agent/metrics'],
+    ]);
+    const announced = /edgeway_mdns_total\{event="announced"\} (\d+)/.exec(stdout)?.[1];
+    return Number(announced) >= 3 ? true : undefined;
+  });
+  await lab.end(node.agent!);
+});
+
+test('a service that is deleted over the API is gone from the names at once, and its TTL was two minutes at most', async () => {
+  const node = await lab.startAgent(1, ['--register', 'auto'], '');
+  const subnet = await until('registered', 20_000, async () => {
+    const { body } = await lab.api(1, 'GET', '/api/v1/status');
+    return body.subnet === null ? undefined : String(body.subnet);
+  });
+  const bridge = subnet.replace(/\d+\/\d+$/, (end) => String(Number.parseInt(end, 10) + 1));
+  const dig = async (...what: string[]): Promise<string> =>
+    (await lab.exec(node.netns, ['dig', '+tries=3', '+time=3', `@${bridge}`, ...what])).stdout;
+  const known = await dig(NAME);
+  const [, ttl, address] = /IN\s+A\s/.test(known) ? (/\s(\d+)\s+IN\s+A\s+(\S+)/.exec(known) ?? []) : [];
+  assert.ok(Number(ttl) <= 120, known);
+  assert.match(await dig('-x', address!), NAME);
+  assert.is((await lab.api(1, 'DELETE', `/api/v1/services/${SERVICE}`)).status, 200);
+  await until('NXDOMAIN', 10_000, async () => (/status: NXDOMAIN/.test(await dig(NAME)) ? true : undefined));
+  assert.match(await dig('-x', address!), /status: NXDOMAIN/);
+  await lab.end(node.agent!);
+});
+
 test.run();

@@ -45,7 +45,7 @@ const common = {
   table,
   clock,
   log: SILENT,
-  onLookup: (name: ServiceId): void => {
+  onLookup: (name: ServiceId): undefined => {
     asked.set(name, (asked.get(name) ?? 0) + 1);
   },
   needsOf: (source: number): readonly ServiceId[] | undefined => {

@@ -11,7 +11,13 @@ import * as assert from 'uvu/assert';
 import { frame } from '../../../coordinator/io/dns_sockets.ts';
 import { type DnsServer, type DnsServerOptions, startDnsServer } from '../../../edge/io/dns_server.ts';
 import type { RouteTable } from '../../../edge/routes/table.ts';
-import { DNS_TCP_CLIENTS_MAX, DNS_TCP_IDLE_MS, DNS_TCP_SOURCE_CLIENTS_MAX } from '../../../src/limits.ts';
+import { formatIpv4 } from '../../../src/addr.ts';
+import {
+  DNS_LOOKUPS_WAITING_MAX,
+  DNS_TCP_CLIENTS_MAX,
+  DNS_TCP_IDLE_MS,
+  DNS_TCP_SOURCE_CLIENTS_MAX,
+} from '../../../src/limits.ts';
 import { SILENT } from '../../../src/log.ts';
 import { Rng } from '../../../src/rng.ts';
 import { CART, CART_ANY, id, ip, service, world } from '../resolver/world.ts';
@@ -153,6 +159,61 @@ test('startDnsServer waits for the keyspace about an unknown service, and says S
       assert.is(told, 4, 'only valid names are told');
     },
   );
+});
+
+test('startDnsServer waits for the owner of an address of ours before it says that there is none', async () => {
+  const asked: string[] = [];
+  let owned: RouteTable;
+  await withServer(
+    {
+      async onAddress(address, source) {
+        asked.push(`${formatIpv4(address)} for ${formatIpv4(source)}`);
+        if (address === ip('172.30.9.2')) owned.putService(service('a.b.late.d', '172.30.9.1'));
+        return address !== ip('172.30.9.9');
+      },
+    },
+    async (server, table) => {
+      owned = table;
+      const reverse = async (address: string): Promise<string> => {
+        const name = `${address.split('.').reverse().join('.')}.in-addr.arpa`;
+        const packet = await ask(server.port, question(name, 7, { questions: [{ type: 'PTR', name }] }));
+        const record = packet?.answers?.[0];
+        return record?.type === 'PTR' ? record.data : (packet as { rcode: string }).rcode;
+      };
+      assert.is(await reverse('172.30.0.2'), CART_ANY, 'known: nobody is asked');
+      assert.is(await reverse('172.30.9.2'), 'a.b.late.d.any.closest.local');
+      assert.is(await reverse('172.30.9.8'), 'NXDOMAIN');
+      assert.is(await reverse('172.30.9.9'), 'SERVFAIL', 'the store is away');
+      assert.equal(
+        asked,
+        ['172.30.9.2', '172.30.9.8', '172.30.9.9'].map((address) => `${address} for 127.0.0.1`),
+      );
+    },
+  );
+});
+
+test('startDnsServer lets only so many questions wait, and does not hold them longer than a second', async () => {
+  await withServer({ onLookup: () => new Promise(() => {}) }, async (server) => {
+    const socket = createSocket('udp4');
+    await new Promise<void>((resolve) => socket.bind(0, '127.0.0.1', resolve));
+    let servfails = 0;
+    socket.on('message', (bytes) => {
+      if ((bytes.readUInt16BE(2) & 15) === 2) servfails++;
+    });
+    try {
+      const waited = (): number => server.counters()['dns_waited']!;
+      for (let i = 0; i < DNS_LOOKUPS_WAITING_MAX * 4; i++) {
+        socket.send(question(`a.b.n${i}.d.any.closest.local`, i), server.port, '127.0.0.1');
+        if (i % 50 === 0) await new Promise((resolve) => setImmediate(resolve));
+      }
+      // Those that did not wait were answered at once; the others by now.
+      await until(() => servfails > DNS_LOOKUPS_WAITING_MAX && servfails >= waited());
+      assert.ok(waited() < DNS_LOOKUPS_WAITING_MAX * 3, `${waited()} waited`);
+      assert.is(said(await ask(server.port, question(CART_ANY))), '172.30.0.2');
+    } finally {
+      socket.close();
+    }
+  });
 });
 
 test('startDnsServer refuses names outside the needs of the asker, also remembered ones', async () => {

@@ -17,6 +17,7 @@ import { Interest } from '../../../edge/routes/interest.ts';
 
 import type { Ipv4 } from '../../../src/addr.ts';
 import { Keys } from '../../../src/keys.ts';
+import { DNS_LOOKUP_WAIT_MS, INTEREST_ASKER_BURST, INTEREST_ASKER_PER_S } from '../../../src/limits.ts';
 import { SILENT } from '../../../src/log.ts';
 import type { ServiceId } from '../../../src/name.ts';
 import { DEFAULT_NETWORK_CONFIG as config } from '../../../src/records.ts';
@@ -33,8 +34,8 @@ test('Interest begins with the first use and ends when idle, never while pinned,
   const interest = new Interest(limits);
   assert.equal(interest.pin(new Set([A]), 0), [A]);
   assert.equal(interest.pin(new Set([A]), 0), []);
-  assert.is(interest.use(B, 0).begin, true);
-  assert.is(interest.use(B, 1_000).begin, false);
+  assert.is(interest.use(B, 0, true, yes).kind, 'begin');
+  assert.is(interest.use(B, 1_000, true, yes).kind, 'followed');
   assert.equal(interest.expire(600_999, true, yes), []);
   assert.equal(interest.expire(601_000, false, yes), [], 'the store is away');
   assert.equal(interest.expire(601_000, true, yes, yes), [], 'a flow uses it');
@@ -48,8 +49,8 @@ test('Interest begins with the first use and ends when idle, never while pinned,
 
 test('Interest keeps a negative answer briefly', () => {
   const interest = new Interest(limits);
-  interest.use(A, 0);
-  interest.use(B, 5_000);
+  interest.use(A, 0, true, no);
+  interest.use(B, 5_000, true, no);
   assert.equal(interest.expire(9_999, true, no), []);
   assert.equal(interest.expire(10_000, true, no), [A]);
   assert.equal(interest.expire(15_000, true, no), [B]);
@@ -58,12 +59,40 @@ test('Interest keeps a negative answer briefly', () => {
 test('Interest has a bound, and what was used longest ago makes room', () => {
   const interest = new Interest({ ...limits, max: 3 });
   interest.pin(new Set([A]), 0);
-  interest.use(B, 1);
-  interest.use(C, 2);
-  interest.use(B, 3);
-  assert.equal(interest.use(CART, 4), { begin: true, end: C });
+  interest.use(B, 1, true, yes);
+  interest.use(C, 2, true, yes);
+  interest.use(B, 3, true, yes);
+  assert.equal(interest.use(CART, 4, true, yes), { kind: 'begin', end: C });
   assert.is(interest.size, 3);
   assert.equal([...interest.services()], [A, B, CART]);
+});
+
+test('Interest spares what exists while something does not, and forgets nothing while the store is away', () => {
+  const interest = new Interest({ ...limits, max: 3 });
+  const exists = (service: ServiceId): boolean => service !== C;
+  interest.use(A, 0, true, exists);
+  interest.use(B, 1, true, exists);
+  interest.use(C, 2, true, exists);
+  assert.equal(interest.use(CART, 3, false, exists), { kind: 'refused' });
+  assert.equal([...interest.services()], [A, B, C]);
+  assert.equal(interest.use(A, 4, false, exists), { kind: 'followed' });
+  assert.equal(interest.use(CART, 5, true, exists), { kind: 'begin', end: C });
+});
+
+test('Interest gives every asker a budget for what is new, and what is known costs none', () => {
+  const interest = new Interest({ ...limits, max: 10_000 });
+  const begun = (asker: number, nowMs: number): number => {
+    let count = 0;
+    for (let i = 0; i < 1_000; i++)
+      if (interest.use(sid(`a.b.c${asker}.t${nowMs}n${i}`), nowMs, true, no, asker).kind === 'begin') count++;
+    return count;
+  };
+  assert.is(begun(1, 0), INTEREST_ASKER_BURST);
+  assert.is(begun(2, 0), INTEREST_ASKER_BURST, 'another asker has its own');
+  assert.is(begun(1, 1_000), INTEREST_ASKER_PER_S);
+  for (let i = 0; i < 1_000; i++)
+    assert.is(interest.use(sid('a.b.c1.t0n0'), 1_000, true, no, 1).kind, 'followed');
+  assert.is(interest.use(A, 1_000, true, no).kind, 'begin', 'the node itself has none');
 });
 
 /** Counts what a client is told, and what it asks for. */
@@ -224,6 +253,29 @@ test('RouteFollower.askAddress finds the service of a ServiceIP and of a sender,
   await routes.close();
 });
 
+test('RouteFollower.askAddress says whether the table can tell, one look-up for all who ask at once', async () => {
+  const { writer, client, routes, gets } = world();
+  const { service } = await applyService(writer, keys, config, descriptor(A));
+  await settle();
+  const before = gets.length;
+  const nobody = ip('172.30.200.200');
+  assert.equal(
+    await Promise.all([1, 2, 3].map(() => routes.askAddress(nobody))),
+    [true, true, true],
+    'it is nobody’s',
+  );
+  assert.is(gets.length - before, 1);
+  client.partitioned = true;
+  await settle();
+  const address = service.addresses.closest!;
+  assert.is(await routes.askAddress(address), false);
+  client.partitioned = false;
+  await settle();
+  assert.is(await routes.askAddress(address), true);
+  assert.equal(routes.table.nameOf(address), { service: A, policy: 'closest' });
+  await routes.close();
+});
+
 test('RouteFollower with interest shows a node’s leaving and a service’s end', async () => {
   const { writer, routes } = world();
   await applyService(writer, keys, config, descriptor(A));
@@ -275,6 +327,49 @@ test('RouteFollower.ask waits while the store is away, and is answered when it i
   client.partitioned = false;
   await settle();
   assert.ok(answered && routes.table.service(A));
+  await routes.close();
+});
+
+test('RouteFollower.ask gives all who wait one promise, and up after a second', async () => {
+  const { time, client, routes } = world();
+  await settle();
+  client.partitioned = true;
+  const waiting = routes.ask(A);
+  for (let i = 0; i < 1_000; i++) assert.is(routes.ask(A), waiting);
+  await time.advance(DNS_LOOKUP_WAIT_MS);
+  assert.is(await waiting, false);
+  const again = routes.ask(A);
+  assert.is.not(again, waiting);
+  client.partitioned = false;
+  await settle();
+  assert.is(await again, true);
+  assert.is(routes.ask(A), undefined);
+  await routes.close();
+});
+
+test('RouteFollower forgets nothing for made-up names while the store is away, and follows few of them when it is not', async () => {
+  const { writer, client, routes } = world({ max: 4 });
+  for (const service of [A, B]) {
+    await applyService(writer, keys, config, descriptor(service));
+    await routes.ask(service);
+  }
+  await settle();
+  const flood = (asker: number): void => {
+    for (let i = 0; i < 1_000; i++) void routes.ask(sid(`made.up.n${i}.a${asker}`), asker);
+  };
+  client.partitioned = true;
+  await settle();
+  flood(1);
+  assert.is(routes.interests, 4);
+  assert.ok(routes.table.service(A) && routes.table.service(B));
+  assert.is(await routes.ask(C, 2), false, 'there is no room');
+  client.partitioned = false;
+  await settle();
+  flood(3);
+  await settle();
+  assert.is(routes.interests, 4);
+  assert.ok(routes.table.service(A) && routes.table.service(B), 'made-up names make room for each other');
+  assert.ok(routes.ask(A) === undefined && routes.ask(B) === undefined);
   await routes.close();
 });
 
