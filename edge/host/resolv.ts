@@ -3,7 +3,8 @@
 //   systemd-resolved (resolv.conf names its stub): our link gets our server and routing-only domains for our suffixes,
 //     so that only `….closest.local` and its sisters come to us and `printer.local` stays what it was;
 //   any other: our server becomes the only nameserver, and the ones that stood there become our upstream.
-// It refuses to overwrite a resolv.conf that somebody changed after us when it puts the original back.
+// It refuses to overwrite a resolv.conf that somebody changed after us when it puts the original back; one that a
+// crash cut short is not changed, and while it cannot be told, the original is kept.
 import { formatIpv4, type Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import type { Logger } from '../../src/log.ts';
@@ -149,31 +150,43 @@ export async function setUpHostResolver(options: HostResolverOptions): Promise<H
     return {
       kind: 'resolved',
       check: async () => {},
-      restore: () => restoreHostResolver(options).then(() => {}),
+      restore: async () => {
+        await restoreHostResolver(options);
+      },
     };
   }
   await take(options, path, current);
   log.info({ file: path, address: formatIpv4(address) }, 'the host asks the resolver');
   let retakes = 0;
+  let isOver = false;
+  async function check(): Promise<void> {
+    if (isOver) return;
+    const saved = readSaved(await files.read(options.statePath));
+    const now = await files.read(path);
+    if (now === undefined || saved === undefined || !('path' in saved) || now === saved.written) return;
+    // Cut short, by us or by somebody who is at it: no original that is worth keeping.
+    if (isPart(now, saved.written)) return await files.writeInPlace(path, saved.written);
+    if (retakes >= RETAKES_MAX) return;
+    retakes++;
+    if (retakes === RETAKES_MAX)
+      log.warn({ file: path }, 'another program keeps rewriting resolv.conf; it is left alone from now on');
+    else await take(options, path, now);
+  }
+  // One at a time: a check that read before a restore must not write after it.
+  let last: Promise<void> = Promise.resolve();
+  const inTurn = (run: () => Promise<void>): Promise<void> => {
+    const turn = last.then(run);
+    last = turn.catch(() => {});
+    return turn;
+  };
   return {
     kind: 'file',
-    check: async () => {
-      const saved = readSaved(await files.read(options.statePath));
-      const now = await files.read(path);
-      if (
-        now === undefined ||
-        saved === undefined ||
-        !('path' in saved) ||
-        now === saved.written ||
-        retakes >= RETAKES_MAX
-      )
-        return;
-      retakes++;
-      if (retakes === RETAKES_MAX)
-        log.warn({ file: path }, 'another program keeps rewriting resolv.conf; it is left alone from now on');
-      else await take(options, path, now);
-    },
-    restore: () => restoreHostResolver(options).then(() => {}),
+    check: () => inTurn(check),
+    restore: () =>
+      inTurn(async () => {
+        isOver = true;
+        await restoreHostResolver(options);
+      }),
   };
 }
 
@@ -198,13 +211,24 @@ export async function restoreHostResolver(
     await files.remove(statePath);
     return status === 0;
   }
-  const current = await files.read(saved.path);
-  const ours = current === saved.written;
+  const current = (await files.read(saved.path)) ?? '';
+  const ours = isPart(current, saved.written) || isCut(current, saved.original);
   if (ours) await files.writeInPlace(saved.path, saved.original);
-  else log.info({ file: saved.path }, 'resolv.conf was changed by somebody else and stays as it is');
+  else if (current !== saved.original && isPart(current, saved.original)) {
+    log.warn({ file: saved.path }, 'resolv.conf may be a part of the original; both are kept');
+    return false;
+  } else if (current !== saved.original)
+    log.info({ file: saved.path }, 'resolv.conf was changed by somebody else and stays as it is');
   await files.remove(statePath);
   return ours;
 }
+
+/** Whether a write of `whole` can have ended so: a beginning, and zeros where the disk had none of it yet. */
+const isPart = (current: string, whole: string): boolean => whole.startsWith(current.replace(/\0+$/, ''));
+
+/** A beginning that ends within a line: nobody writes that. Where a whole line ends, somebody may have meant it. */
+const isCut = (current: string, whole: string): boolean =>
+  current !== whole && isPart(current, whole) && !current.endsWith('\n');
 
 function commandFailed(argv: readonly string[], result: CommandResult): EdgewayError {
   return new EdgewayError(

@@ -1,6 +1,6 @@
 // The few file operations that host set-up needs. It refuses to leave a file half written where it can: `write`
 // makes a new file and renames it over the old one.
-import { mkdir, open, readFile, rename, rm, stat, writeFile } from 'node:fs/promises';
+import { mkdir, open, readFile, rename, rm, stat } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import type { Files } from '../ports.ts';
 
@@ -57,7 +57,13 @@ function freshName(path: string): string {
 }
 
 async function writeInPlace(path: string, content: string): Promise<void> {
-  await writeFile(path, content);
+  const file = await open(path, 'w');
+  try {
+    await file.writeFile(content);
+    await file.sync();
+  } finally {
+    await file.close();
+  }
 }
 
 async function remove(path: string): Promise<void> {

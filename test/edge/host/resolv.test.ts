@@ -132,6 +132,61 @@ test('HostResolver.check takes a rewritten resolv.conf back a few times, and res
   assert.is(host.files.get(CONF), lease);
 });
 
+test('restoreHostResolver mends a resolv.conf that was cut short, wherever, by either write', async () => {
+  const host = new Host(PLAIN);
+  await setUpHostResolver(host.options);
+  const written = host.files.get(CONF)!;
+  const state = host.files.get(STATE)!;
+  const restored = async (current: string): Promise<string> => {
+    host.files.set(CONF, current);
+    host.files.set(STATE, state);
+    await restoreHostResolver(host.options);
+    return host.files.get(CONF)!;
+  };
+  for (let length = 0; length <= written.length; length++) {
+    assert.is(await restored(written.slice(0, length)), PLAIN, `ours, cut at ${length}`);
+    const zeros = '\0'.repeat(written.length - length);
+    assert.is(await restored(written.slice(0, length) + zeros), PLAIN, `zeros from ${length}`);
+  }
+  for (let length = 0; length < PLAIN.length; length++) {
+    const cut = PLAIN.slice(0, length);
+    const isDoubtful = cut.endsWith('\n');
+    assert.is(await restored(cut), isDoubtful ? cut : PLAIN, `the original, cut at ${length}`);
+    assert.is(host.files.has(STATE), isDoubtful, 'the original is kept while it cannot be told');
+  }
+  host.files.delete(CONF);
+  host.files.set(STATE, state);
+  await restoreHostResolver(host.options);
+  assert.is(host.files.get(CONF), PLAIN, 'a file that is gone');
+});
+
+test('HostResolver.check mends what was cut short and never takes it for an original', async () => {
+  const host = new Host(PLAIN);
+  const resolver = await setUpHostResolver(host.options);
+  const written = host.files.get(CONF)!;
+  for (const cut of ['', written.slice(0, 40)]) {
+    host.files.set(CONF, cut);
+    await resolver.check();
+    assert.is(host.files.get(CONF), written);
+  }
+  await resolver.restore();
+  assert.is(host.files.get(CONF), PLAIN);
+});
+
+test('HostResolver.restore is the last word, however many checks are under way', async () => {
+  for (let turns = 0; turns < 40; turns++) {
+    const host = new Host(PLAIN);
+    const resolver = await setUpHostResolver(host.options);
+    host.files.set(CONF, 'nameserver 198.51.100.1\n');
+    const checks = [resolver.check(), resolver.check()];
+    for (let i = 0; i < turns; i++) await Promise.resolve();
+    await Promise.all([resolver.restore(), resolver.check(), ...checks]);
+    await resolver.check();
+    assert.not.match(host.files.get(CONF)!, '172.16.0.65', `restored after ${turns} turns`);
+    assert.not(host.files.has(STATE));
+  }
+});
+
 test('setUpHostResolver routes only our two-label domains where systemd-resolved serves', async () => {
   const host = new Host(STUB);
   const resolver = await setUpHostResolver(host.options);
