@@ -26,7 +26,7 @@ import * as limits from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import { bareDescriptor, type Instance, type NetworkConfig, portNumbers } from '../src/model.ts';
 import { parseName, type ServiceId } from '../src/name.ts';
-import { layoutOf, type Plan, subnetIndex } from '../src/plan.ts';
+import { layoutOf, subnetIndex } from '../src/plan.ts';
 import { decodeCoordinate, encodeCoordinate, type ParsedDescriptor } from '../src/records.ts';
 import type {
   Change,
@@ -92,7 +92,11 @@ export interface AgentParts {
   readonly vitals: Vitals;
   readonly startLoop: StartPacketLoop;
   /** Starts DNS and mDNS on the bridge of that subnet. `needsOf`: services that an asker may know; undefined = any. */
-  readonly startNames: (subnet: Cidr, needsOf: NeedsOf, plan: Plan) => Promise<NameServer>;
+  readonly startNames: (
+    subnet: Cidr,
+    needsOf: NeedsOf,
+    network: Pick<NetworkConfig, 'plan' | 'mtu'>,
+  ) => Promise<NameServer>;
   readonly runtime: string;
   readonly version: string;
 }
@@ -584,7 +588,7 @@ export class Agent implements NodeControl {
       undo.push('packet loop', () => loop.stop());
       await attachTun();
 
-      const names = await this.#parts.startNames(claim.subnet, (source) => this.#needsOf(source), plan);
+      const names = await this.#parts.startNames(claim.subnet, (source) => this.#needsOf(source), network);
       undo.push('names', () => names.stop());
 
       const time = { monotonicMs: () => clock.monotonicMs(), after: timers.after };

@@ -185,9 +185,9 @@ async function start(
       ...(config.loadFile === undefined ? {} : { loadFile: config.loadFile }),
     }),
     startLoop: startPacketLoop,
-    startNames: (subnet, needsOf, plan) =>
+    startNames: (subnet, needsOf, network) =>
       startNames({
-        ...{ config, table, log, subnet, needsOf, plan },
+        ...{ config, table, log, subnet, needsOf, network },
         onLookup: (service, source) => routes.ask(service, source),
         onAddress: (address, source) => routes.askAddress(address, source),
       }),

@@ -4,8 +4,9 @@ import { type Cidr, type Ipv4, networkOf, parseIpv4 } from '../src/addr.ts';
 import { EdgewayError, unwrap } from '../src/error.ts';
 import { HOST_RESOLVER_CHECK_MS } from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
+import type { NetworkConfig } from '../src/model.ts';
 import type { ServiceId } from '../src/name.ts';
-import { layoutOf, type Plan } from '../src/plan.ts';
+import { layoutOf } from '../src/plan.ts';
 import type { NameServer, NeedsOf } from './agent.ts';
 import type { AgentConfig } from './config.ts';
 import { Observer } from './host/observe.ts';
@@ -40,14 +41,15 @@ export interface NamesOptions {
   readonly log: Logger;
   readonly subnet: Cidr;
   readonly needsOf: NeedsOf;
-  readonly plan: Plan;
+  readonly network: Pick<NetworkConfig, 'plan' | 'mtu'>;
   /** See DnsServerOptions. Without a source when the node itself asks. */
   readonly onLookup?: (service: ServiceId, source?: Ipv4) => undefined | Promise<unknown>;
   readonly onAddress?: (address: Ipv4, source: Ipv4) => undefined | Promise<unknown>;
 }
 
 export async function startNames(options: NamesOptions): Promise<NameServer> {
-  const { config, table, log, subnet, needsOf, plan, onLookup, onAddress } = options;
+  const { config, table, log, subnet, needsOf, onLookup, onAddress } = options;
+  const { plan, mtu } = options.network;
   const clock = systemClock;
   const address = layoutOf(subnet).bridge;
   const lookup = onLookup === undefined ? {} : { onLookup };
@@ -67,13 +69,13 @@ export async function startNames(options: NamesOptions): Promise<NameServer> {
     undo.push('dns', () => dns.stop());
     counters.push(() => dns.counters());
     if (config.mdns) {
-      const mdns = await startMdns({ ...shared, interface: config.bridge, subnet });
+      const mdns = await startMdns({ ...shared, interface: config.bridge, subnet, mtu });
       undo.push('mdns', () => mdns.stop());
       counters.push(() => mdns.counters());
       listeners.push((services) => mdns.changed(services));
     }
     if (config.lan !== undefined) {
-      const lan = await addressOn(config.lan.interface);
+      const lan = await faceOn(config.lan.interface);
       const { aliases } = config.lan;
       const mdns = await startMdns({ ...lan, table, log, clock, interface: config.lan.interface, aliases });
       undo.push('lan', () => mdns.stop());
@@ -116,12 +118,17 @@ function onLan(counters: Readonly<Record<string, number>>): Record<string, numbe
   );
 }
 
-/** The first address of a link and its prefix. */
-async function addressOn(link: string): Promise<{ readonly address: Ipv4; readonly subnet: Cidr }> {
-  const [first] = (await new Observer(hostRunner).addresses()).get(link) ?? [];
+/** The first address of a link, its prefix and how much a frame of it holds. */
+async function faceOn(
+  link: string,
+): Promise<{ readonly address: Ipv4; readonly subnet: Cidr; readonly mtu?: number }> {
+  const observer = new Observer(hostRunner);
+  const [first] = (await observer.addresses()).get(link) ?? [];
   if (first === undefined)
     throw new EdgewayError('host_unsupported', `--mdns-lan ${link}: the interface has no IPv4 address`);
+  const mtu = (await observer.links()).find(({ ifname }) => ifname === link)?.mtu;
   const [text, bits] = first.split('/') as [string, string];
   const address = unwrap(parseIpv4(text));
-  return { address, subnet: { base: networkOf(address, Number(bits)), bits: Number(bits) } };
+  const subnet = { base: networkOf(address, Number(bits)), bits: Number(bits) };
+  return { address, subnet, ...(mtu === undefined ? {} : { mtu }) };
 }

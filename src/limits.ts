@@ -221,11 +221,17 @@ export const MDNS_NAMES_MAX = 12_000;
 export const MDNS_PENDING_MAX = 1_024;
 /** Room for records in one multicast message: an Ethernet frame without IP, UDP and DNS headers (RFC 6762 §17). */
 export const MDNS_RECORDS_BYTES_MAX = 1_400;
+/** IPv4, UDP and DNS headers in front of them: 20 + 8 + 12. */
+export const MDNS_HEADERS_BYTES = 40;
+/** Askers that are told apart: by what they know of one answer, and by how much they ask. */
+export const MDNS_ASKERS_MAX = 64;
 /** Announcements leave at most so many messages at a time, and pause between. */
 export const MDNS_BURST_MAX = 20;
 export const MDNS_BURST_PAUSE_MS = 100;
 /** Unicast replies per second to all askers together: far above need, far below use as an amplifier. */
 export const MDNS_UNICAST_PER_S_MAX = 1_000;
+/** To one of them: ten leave nothing to others. */
+export const MDNS_SOURCE_UNICAST_PER_S_MAX = 100;
 
 /** REST bodies: a descriptor with 1,000 `needs` of 253 octets is about 256 KiB. */
 export const BODY_BYTES_MAX = 256 * 1024;

@@ -6,7 +6,11 @@ import { EdgewayError } from '../../src/error.ts';
 import type { Runner } from '../ports.ts';
 import { enter } from './apply.ts';
 
-const linkSchema = v.object({ ifname: v.string(), master: v.optional(v.string()) });
+const linkSchema = v.object({
+  ifname: v.string(),
+  master: v.optional(v.string()),
+  mtu: v.optional(v.number()),
+});
 const addressSchema = v.object({
   ifname: v.string(),
   addr_info: v.array(v.object({ local: v.string(), prefixlen: v.number() })),

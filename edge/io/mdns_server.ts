@@ -43,6 +43,8 @@ export interface MdnsServerOptions {
   /** As for the unicast server; what is outside gets silence. */
   readonly needsOf?: (source: Ipv4) => readonly ServiceId[] | undefined;
   readonly plan?: Plan;
+  /** Of the interface; an Ethernet's when not given. */
+  readonly mtu?: number;
   /** On a LAN: only these two-label names are served, and they lead to `address` (mdns_alias.ts). */
   readonly aliases?: readonly Alias[];
   readonly log: Logger;
@@ -86,6 +88,7 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
     table,
     seed,
     ...(plan === undefined ? {} : { plan }),
+    ...(options.mtu === undefined ? {} : { mtu: options.mtu }),
     ...(claims === undefined ? {} : { resolve: (question) => claims.resolve(question) }),
   });
   const sockets = await open(options.interface, address, log, counters);

@@ -168,6 +168,93 @@ test('handleQuery multicasts a record at most once a second; the second asker is
   assert.is(mdns.deadline(), undefined);
 });
 
+test('handleTimeout sends a record that was asked for between two announcements once a second, not twice at once (§6)', () => {
+  const { mdns, said } = bench();
+  mdns.changed([CART], 0);
+  assert.is(said().length, 1);
+  mdns.handleQuery(query(A), PEER, 500);
+  const seen: string[] = [];
+  for (let next = mdns.deadline(); next !== undefined; next = mdns.deadline()) {
+    mdns.handleTimeout(next);
+    for (const one of said()) if (one.includes(`A ${CART_ANY}`)) seen.push(`${next}`);
+  }
+  assert.equal(seen, ['1000', '2000']);
+});
+
+test('handleQuery does not say again what a plain question has just made it say (§6, §7.2)', () => {
+  const { mdns, said } = bench();
+  mdns.handleQuery(query(A, { flags: 0x0200 }), PEER, 0);
+  mdns.handleQuery(query(A), OTHER, 10);
+  assert.equal(said(), [MULTICAST]);
+  assert.is(mdns.deadline(), undefined, 'the first asker has heard it too');
+});
+
+test('handleQuery keeps an answer that one asker knows for the others who wait for it (§7.2)', () => {
+  const known: Packet = { answers: [{ type: 'A', name: CART_ANY, ttl: 120, data: '172.30.0.2' }] };
+  for (const flags of [0x0200, 0]) {
+    const { mdns, said } = bench();
+    if (flags === 0) {
+      mdns.handleQuery(query(A), OTHER, 0);
+      said();
+    }
+    mdns.handleQuery(query(A, { flags: 0x0200 }), PEER, 10);
+    mdns.handleQuery(query(A, { flags }), OTHER, 20);
+    mdns.handleQuery(query([], known), PEER, 30);
+    mdns.handleTimeout(1_500);
+    assert.equal(said(), [MULTICAST], `flags ${flags}`);
+  }
+  const { mdns, said } = bench();
+  for (const each of [PEER, OTHER]) mdns.handleQuery(query(A, { flags: 0x0200 }), each, 0);
+  for (const each of [PEER, OTHER]) mdns.handleQuery(query([], known), each, 100);
+  mdns.handleTimeout(1_500);
+  assert.equal(said(), [], 'both know it');
+});
+
+test('handleQuery sends the SRV set of a name whole, since cache-flush drops what it lacks (§10.2)', () => {
+  const { table, mdns, said } = bench();
+  const srv = (port: number) => ({
+    type: 'SRV' as const,
+    name: CART_ANY,
+    ttl: 120,
+    data: { port, target: CART_ANY },
+  });
+  const SRV = [{ name: CART_ANY, type: 'SRV' }];
+  mdns.handleQuery(query(SRV, { answers: [srv(80), srv(443)] }), PEER, 0);
+  assert.equal(said(), [], 'all of it is known');
+  table.putService(service(CART, '172.30.0.1', [80, 443, 9000]));
+  mdns.handleQuery(query(SRV, { answers: [srv(80), srv(443)] }), PEER, 1_000);
+  assert.match(said()[0]!, /: SRV \S+ 120 flush 80; SRV \S+ 120 flush 443; SRV \S+ 120 flush 9000/);
+  table.putService(service(CART, '172.30.0.1', [80]));
+  mdns.changed([CART], 3_000);
+  assert.match(said().join('\n'), /SRV \S+ 120 flush 80(?!; SRV)/, 'a smaller set is announced');
+});
+
+test('poll gives no message that is longer than the link carries, additionals included (§17)', () => {
+  for (const mtu of [undefined, 1_280, 576]) {
+    const table = world();
+    const mdns = new MdnsResponder({ table, seed: 1, ...(mtu === undefined ? {} : { mtu }) });
+    const ids = Array.from({ length: 40 }, (_, i) => id(`${'x'.repeat(30)}.prod.s${i}.${'v'.repeat(40)}`));
+    for (const [i, each] of ids.entries())
+      table.putService(service(each, `172.30.16.${i * 4}`, [80, 443, 8080, 9000]));
+    const questions = ids
+      .slice(0, 8)
+      .flatMap((each) =>
+        ['A', 'SRV', 'AAAA', 'ANY'].map((type) => ({ name: `${each}.any.closest.local`, type })),
+      );
+    mdns.handleQuery(query(questions), PEER, 0);
+    mdns.handleQuery(query(questions.slice(0, 2)), LEGACY, 0);
+    mdns.changed(ids, 2_000);
+    mdns.goodbye();
+    let messages = 0;
+    for (let out = mdns.poll(); out !== undefined; out = mdns.poll()) {
+      const length = encode(out.packet).length;
+      assert.ok(length + 28 <= Math.min(1_440, mtu ?? 1_440), `${length} octets at MTU ${mtu}`);
+      messages++;
+    }
+    assert.ok(messages > 8);
+  }
+});
+
 test('handleQuery puts all answers of a message into as few messages as hold them', () => {
   const { table, mdns, said } = bench();
   const ports = Array.from({ length: 40 }, (_, i) => 9000 + i);
@@ -252,7 +339,7 @@ test('changed says goodbye to the name of a single instance only when it was ask
   table.deleteInstance(CART, 1);
   table.deleteInstance(CART, 2);
   mdns.changed([CART], 3_000);
-  assert.equal(said(), [`multicast aa id 0 q 0: A ${fixed} 0 flush 172.30.1.2`]);
+  assert.equal(said(), [`multicast aa id 0 q 0: A ${fixed} 0 flush 172.30.1.2; NSEC ${fixed} 0 flush A,SRV`]);
   table.putInstance(instance(CART, 2, '172.16.0.130', '172.30.1.2'));
   mdns.changed([CART], 4_000);
   assert.equal(said(), []);
@@ -287,8 +374,22 @@ test('goodbye takes back everything that was multicast', () => {
   mdns.handleQuery(query(A), PEER, 0);
   said();
   mdns.goodbye();
-  assert.equal(said(), [`multicast aa id 0 q 0: A ${CART_ANY} 0 flush 172.30.0.2`]);
+  assert.equal(said(), [
+    `multicast aa id 0 q 0: A ${CART_ANY} 0 flush 172.30.0.2; NSEC ${CART_ANY} 0 flush A,SRV`,
+  ]);
   assert.is(mdns.deadline(), undefined);
+});
+
+test('goodbye and changed take back every type that was multicast (§10.1)', () => {
+  const { table, mdns, said } = bench();
+  mdns.handleQuery(query([{ name: CART_ANY, type: 'ANY' }]), PEER, 0);
+  said();
+  table.deleteService(CART);
+  mdns.changed([CART], 5_000);
+  const [gone] = said();
+  for (const record of ['A', 'SRV', 'SRV', 'NSEC'])
+    assert.match(gone!, new RegExp(`${record} ${CART_ANY} 0 flush`));
+  assert.match(gone!, /SRV \S+ 0 flush 80; SRV \S+ 0 flush 443/);
 });
 
 test('handleQuery keeps silent about what the asker does not need', () => {
@@ -306,8 +407,12 @@ test('handleQuery bounds what one message and one second can make it send', () =
   const first = said();
   assert.is(first.length, 1);
   assert.ok(first[0]!.split(';').length < 80);
-  for (let i = 0; i < 2_000; i++) mdns.handleQuery(query(A, { id: i }), LEGACY, 10);
-  assert.is(said().length, 999);
+  for (let i = 0; i < 2_000; i++) mdns.handleQuery(query(A, { id: i }), LEGACY, 0);
+  assert.is(said().length, 99, 'one asker');
+  for (let host = 1; host <= 50; host++)
+    for (let i = 0; i < 200; i++)
+      mdns.handleQuery(query(A, { id: i }), { ...LEGACY, address: `172.16.0.${host}` }, 0);
+  assert.is(said().length, 900, 'all of them together');
   mdns.handleQuery(query(A), LEGACY, 1_500);
   assert.is(said().length, 1);
 });
