@@ -187,6 +187,8 @@ export const DNS_FAST_ENTRIES_MAX = 4_096;
 export const DNS_FAST_QUERY_MAX = 384;
 /** Upstream questions in flight; each holds a socket. Beyond it the asker gets SERVFAIL at once. */
 export const DNS_UPSTREAM_PENDING_MAX = 256;
+/** Of one asker: a quarter. */
+export const DNS_UPSTREAM_SOURCE_PENDING_MAX = 64;
 /** Time for each try, one server after the other; the sum stays below the 5 s of a stub resolver (resolv.conf(5)). */
 export const DNS_UPSTREAM_TRIES_MS = [700, 1_000, 1_300, 1_500] as const;
 /** A server that failed is asked last for so long. */

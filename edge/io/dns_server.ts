@@ -6,7 +6,11 @@ import { Buffer as Bytes } from 'node:buffer';
 import type { RemoteInfo, Socket as UdpSocket } from 'node:dgram';
 import { bindDns, isAnswerable, sendAnswer, serveTcp } from '../../coordinator/io/dns_sockets.ts';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
-import { DNS_LOOKUP_WAIT_MS, DNS_LOOKUPS_WAITING_MAX } from '../../src/limits.ts';
+import {
+  DNS_LOOKUP_WAIT_MS,
+  DNS_LOOKUPS_WAITING_MAX,
+  DNS_UPSTREAM_SOURCE_PENDING_MAX,
+} from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
@@ -74,6 +78,8 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
   const sources = new Map<string, Ipv4>();
   /** Questions that wait for the keyspace. */
   let waiting = 0;
+  /** Questions that wait for an upstream server, by asker. */
+  const forwarding = new Map<Ipv4, number>();
   const counters: Record<string, number> = {
     queries_udp: 0,
     queries_tcp: 0,
@@ -85,6 +91,7 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
     servfail: 0,
     refused: 0,
     forward: 0,
+    forward_overload: 0,
     malformed: 0,
     silent: 0,
     off_link: 0,
@@ -155,7 +162,7 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
       decision = isTold ? decide(query, source) : { kind: 'servfail', why };
     }
     count(decision.kind);
-    if (decision.kind === 'forward') return forward(query, limit);
+    if (decision.kind === 'forward') return forward(query, source, limit);
     const reply = encodeDecision(query, decision, limit);
     if (fastKey !== undefined && service !== undefined && decision.kind !== 'refused') {
       const name = parseName(query.name);
@@ -181,8 +188,17 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
     }
   }
 
-  async function forward(query: Query, limit: number): Promise<Buffer> {
+  async function forward(query: Query, source: Ipv4, limit: number): Promise<Buffer> {
+    const others = forwarding.get(source) ?? 0;
+    if (others >= DNS_UPSTREAM_SOURCE_PENDING_MAX) {
+      count('forward_overload');
+      return encodeUnreachable(query, 'too many questions of this asker wait for an answer', limit);
+    }
+    forwarding.set(source, others + 1);
     const answered = await forwarder.resolve(query);
+    const left = forwarding.get(source)! - 1;
+    if (left > 0) forwarding.set(source, left);
+    else forwarding.delete(source);
     if (answered === undefined) return encodeUnreachable(query, 'no upstream server answered', limit);
     return adoptAnswer(answered.message, query, answered.ttlOffsets, answered.ageS, limit);
   }

@@ -17,7 +17,7 @@ import { DNS_LOOKUP_WAIT_MS, MDNS_LOOKUPS_WAITING_MAX, MDNS_MESSAGE_MAX } from '
 import type { Logger } from '../../src/log.ts';
 import { LABEL_LENGTH_MAX, parseName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
-import { countsFit } from '../../src/wire/dns.ts';
+import { countsFit, questionLabels } from '../../src/wire/dns.ts';
 import type { Clock } from '../ports.ts';
 import { MDNS_PORT, MdnsResponder, type MdnsSource } from '../resolver/mdns.ts';
 import { type Alias, AliasClaims } from '../resolver/mdns_alias.ts';
@@ -59,11 +59,19 @@ export interface MdnsServer {
   stop(): Promise<void>;
 }
 
+/** How a message came; mdns-server hands it on. */
+interface Arrival extends RemoteInfo {
+  /** To our own address and not to the group. */
+  readonly direct: boolean;
+  /** Of each question's name. */
+  readonly labels: readonly number[];
+}
+
 /** The parts of mdns-server 1.0.11 that are used. */
 interface MdnsEmitter {
   on(event: 'ready' | 'destroyed', listener: () => void): void;
   on(event: 'error' | 'warning', listener: (error: Error) => void): void;
-  on(event: 'query' | 'response', listener: (packet: DecodedPacket, from: RemoteInfo) => void): void;
+  on(event: 'query' | 'response', listener: (packet: DecodedPacket, from: Arrival) => void): void;
   initServer(): void;
   destroy(done: () => void): void;
 }
@@ -163,17 +171,21 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
     return undefined;
   }
 
-  sockets.mdns.on('query', (packet, from) => {
+  sockets.mdns.on('query', (decoded, from) => {
     const source = sourceOf(from);
     if (source === undefined || stopped) return;
     const needs = needsOf?.(source);
-    const direct = (from as { direct?: boolean }).direct === true;
-    const asker: MdnsSource = { address: from.address, port: from.port, direct };
+    const asker: MdnsSource = { address: from.address, port: from.port, direct: from.direct };
+    // A label with a dot inside looks like two, and no name of ours has one.
+    const plain = (decoded.questions ?? []).filter(
+      ({ name }, i) => name.split('.').length === from.labels[i],
+    );
+    const packet = { ...decoded, questions: plain } as DecodedPacket;
     if (claims !== undefined && source !== options.address) claims.handleProbe(packet, clock.monotonicMs());
     responder.handleQuery(packet, asker, clock.monotonicMs(), needs);
     drain();
     if (onLookup === undefined || claims !== undefined) return;
-    for (const { name } of (packet.questions ?? []).slice(0, 4)) {
+    for (const { name } of plain.slice(0, 4)) {
       const parsed = parseName(name);
       if (!parsed.ok) continue;
       const { service } = parsed.value;
@@ -181,8 +193,8 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
       const unknown = table.service(service) === undefined;
       const wait = onLookup(service, source);
       if (wait === undefined || !unknown || waiting >= MDNS_LOOKUPS_WAITING_MAX) continue;
-      const questions = packet.questions?.filter((question) => question.name === name);
-      void answerLater(wait, { ...packet, ...(questions && { questions }) }, asker, needs);
+      const questions = plain.filter((question) => question.name === name);
+      void answerLater(wait, { ...packet, questions }, asker, needs);
     }
   });
   sockets.mdns.on('response', (packet, from) => {
@@ -269,7 +281,9 @@ async function open(
     socket.removeAllListeners('message');
     socket.on('message', (message, from) => {
       if (!isAnswerable(from) || !countsFit(message)) counters.mdns_malformed++;
-      else for (const read of readers) read(message, { ...from, direct } as RemoteInfo);
+      else
+        for (const read of readers)
+          read(message, { ...from, direct, labels: questionLabels(message) } as Arrival);
     });
   };
   // mdns-server writes its sockets into the interface object that it is given: that is where they are caught.

@@ -291,7 +291,7 @@ test('the packet on the underlay is VXLAN-GPE to tcpdump, with InstanceIP and na
   );
 });
 
-test('unchanged resolvers: getent, dig over UDP and TCP, and other names go upstream', async () => {
+test('unchanged resolvers: getent, dig over UDP and TCP, AAAA, and names that are not there', async () => {
   const { body } = await lab.api(3, 'GET', `/api/v1/resolve?name=${name('roundrobin')}`);
   const getent = await lab.exec(far, ['getent', 'hosts', name('roundrobin')]);
   assert.ok(getent.stdout.startsWith(body.address), getent.stdout);

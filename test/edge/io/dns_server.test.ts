@@ -17,6 +17,7 @@ import {
   DNS_TCP_CLIENTS_MAX,
   DNS_TCP_IDLE_MS,
   DNS_TCP_SOURCE_CLIENTS_MAX,
+  DNS_UPSTREAM_PENDING_MAX,
 } from '../../../src/limits.ts';
 import { SILENT } from '../../../src/log.ts';
 import { Rng } from '../../../src/rng.ts';
@@ -242,6 +243,32 @@ test('startDnsServer says SERVFAIL for foreign names without an upstream, and RE
     });
     assert.is(said(await ask(server.port, chaos)), 'REFUSED');
   });
+});
+
+test('startDnsServer lets no asker take all of the questions in flight upstream', async () => {
+  const upstream = createSocket('udp4');
+  await new Promise<void>((resolve) => upstream.bind(0, '127.0.0.1', resolve));
+  upstream.on('message', (message, from) => {
+    const { id: asked, questions } = decode(message);
+    const { name } = questions![0]!;
+    if (!name.startsWith('good')) return;
+    const answers = [{ type: 'A' as const, name, ttl: 60, data: '192.0.2.7' }];
+    upstream.send(encode({ type: 'response', id: asked!, questions: questions!, answers }), from.port);
+  });
+  const greedy = createSocket('udp4');
+  try {
+    await withServer({ upstreams: () => [`127.0.0.1:${upstream.address().port}`] }, async (server) => {
+      await new Promise<void>((resolve) => greedy.bind(0, '127.0.0.2', resolve));
+      for (let i = 0; i < DNS_UPSTREAM_PENDING_MAX + 20; i++)
+        greedy.send(question(`n${i}.example`, i), server.port, '127.0.0.1');
+      await until(() => server.counters()['dns_forward_overload']! > 0);
+      assert.is(server.counters()['dns_upstream_overload'], 0);
+      assert.is(said(await ask(server.port, question('good.example'))), '192.0.2.7', 'another asker');
+    });
+  } finally {
+    greedy.close();
+    upstream.close();
+  }
 });
 
 test('startDnsServer serves many pipelined questions of one TCP client, in pieces of any size', async () => {
