@@ -1,11 +1,13 @@
 // The name service inside a real agent: the host's own resolver as a setting, what a crash leaves, and what
 // `edgeway resolve` says about a name that is wrong.
+import { spawn } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Lab, type Output, type Runtime, until } from '../../scripts/lab.ts';
+import { needProgram } from './debian.ts';
 
 const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
 const test = suite('names of an agent');
@@ -26,6 +28,14 @@ const registered = (): Promise<true> =>
 async function hostResolves(): Promise<void> {
   const { stdout } = await lab.exec(lab.node(1).netns, ['getent', 'ahosts', NAME]);
   assert.match(stdout, /^172\.30\./);
+}
+
+async function bridgeAddress(): Promise<string> {
+  const subnet = await until('registered', 20_000, async () => {
+    const { body } = await lab.api(1, 'GET', '/api/v1/status');
+    return body.subnet === null ? undefined : String(body.subnet);
+  });
+  return subnet.replace(/\d+\/\d+$/, (end) => String(Number.parseInt(end, 10) + 1));
 }
 
 test.before(async () => {
@@ -98,11 +108,7 @@ test('a start announces by multicast what the node knew already', async () => {
 
 test('a service that is deleted over the API is gone from the names at once, and its TTL was two minutes at most', async () => {
   const node = await lab.startAgent(1, ['--register', 'auto'], '');
-  const subnet = await until('registered', 20_000, async () => {
-    const { body } = await lab.api(1, 'GET', '/api/v1/status');
-    return body.subnet === null ? undefined : String(body.subnet);
-  });
-  const bridge = subnet.replace(/\d+\/\d+$/, (end) => String(Number.parseInt(end, 10) + 1));
+  const bridge = await bridgeAddress();
   const dig = async (...what: string[]): Promise<string> =>
     (await lab.exec(node.netns, ['dig', '+tries=3', '+time=3', `@${bridge}`, ...what])).stdout;
   const known = await dig(NAME);
@@ -113,6 +119,32 @@ test('a service that is deleted over the API is gone from the names at once, and
   await until('NXDOMAIN', 10_000, async () => (/status: NXDOMAIN/.test(await dig(NAME)) ? true : undefined));
   assert.match(await dig('-x', address!), /status: NXDOMAIN/);
   await lab.end(node.agent!);
+});
+
+test('other names go to the server that --upstreams says, and its answers come back', async () => {
+  await needProgram('dnsmasq', 'dnsmasq-base');
+  const { netns } = lab.node(1);
+  const upstream = spawn('ip', [
+    ...['netns', 'exec', netns, 'dnsmasq', '--keep-in-foreground', '--conf-file=/dev/null', '--no-resolv'],
+    ...['--local=/test/', '--no-hosts', '--listen-address=127.0.0.9', '--bind-interfaces'],
+    ...['--pid-file=', '--user=root', '--host-record=www.example.test,192.0.2.80'],
+  ]);
+  const ended = new Promise<void>((resolve) => upstream.once('close', () => resolve()));
+  try {
+    const node = await lab.startAgent(1, ['--register', 'auto', '--upstreams', '127.0.0.9'], '');
+    const bridge = await bridgeAddress();
+    const dig = async (...what: string[]): Promise<string> =>
+      (await lab.exec(netns, ['dig', '+tries=3', '+time=5', `@${bridge}`, ...what])).stdout;
+    await until('a foreign name', 20_000, async () =>
+      (await dig('+short', 'www.example.test')).trim() === '192.0.2.80' ? true : undefined,
+    );
+    assert.is((await dig('+short', '+tcp', 'www.example.test')).trim(), '192.0.2.80');
+    assert.match(await dig('nobody.example.test'), /status: NXDOMAIN/);
+    await lab.end(node.agent!);
+  } finally {
+    upstream.kill('SIGTERM');
+    await ended;
+  }
 });
 
 test.run();

@@ -22,6 +22,8 @@ interface Options {
   readonly alias?: string;
   /** The bridge's own prefix is all that the unicast server serves. */
   readonly linkOnly?: boolean;
+  /** Service that the keyspace tells of only when it is asked for. */
+  readonly late?: string;
   /** Port of an outside DNS for edge.example.org, which knows nothing. */
   readonly outside?: number;
   /** Address of a web page. */
@@ -45,8 +47,15 @@ const common = {
   table,
   clock,
   log: SILENT,
-  onLookup: (name: ServiceId): undefined => {
+  onLookup: (name: ServiceId): Promise<boolean> | undefined => {
     asked.set(name, (asked.get(name) ?? 0) + 1);
+    if (name !== options.late || table.service(name) !== undefined) return undefined;
+    return new Promise((resolve) => {
+      setTimeout(() => {
+        table.putService(service(name, '172.30.8.1'));
+        resolve(true);
+      }, 100);
+    });
   },
   needsOf: (source: number): readonly ServiceId[] | undefined => {
     for (const [address, names] of Object.entries(options.needs ?? {}))

@@ -202,6 +202,20 @@ test('startMdns answers the group, a QU question and a question to itself, each 
       { how: 'unicast', ...answer },
     ]);
     assert.equal(await speak(question('printer.local', { id: 0, flags: 0 })), [], 'not ours');
+    const dotted = question(NAME, { id: 0, flags: 0 });
+    dotted[12] = 'shop.prod'.length; // one label with a dot inside
+    dotted[17] = 0x2e;
+    assert.equal(await speak(dotted), [], 'not a name of ours');
+  });
+});
+
+test('startMdns answers a name that the keyspace tells of only when it is asked', async () => {
+  await withResolver({ late: 'shop.prod.late.v1' }, async (talker) => {
+    await announced(talker);
+    const late = question('shop.prod.late.v1.any.closest.local', { id: 0, flags: 0 });
+    assert.equal(await speak(late), [
+      { how: 'multicast', port: 5353, id: 0, records: 'A 120 flush 172.30.8.2' },
+    ]);
   });
 });
 
