@@ -1,6 +1,6 @@
 // Every resolver that an app may bring, unchanged, against the real server: does it find a seven-label name, at once,
-// and a foreign one through us? "At once" has a bound of 3 s, because the failures that this table is about cost 5 s
-// and more (a dead nameserver, an unanswered AAAA, a name taken by mDNS).
+// and a foreign one through us? "At once" has a bound of 4.5 s, start of the program included, because the failures that
+// this table is about cost 5 s and more (a dead nameserver, an unanswered AAAA, a name taken by mDNS).
 //
 //   host namespace: resolver on 172.16.0.65, a web page on 172.30.0.2 (the name's address), dnsmasq as upstream
 //   clients: one namespace per nsswitch.conf, each with exactly one nameserver
@@ -15,7 +15,7 @@ import { type Client, DnsLab, must, type Ran, run, type Talker, until } from './
 const NAME = 'shop.prod.cart.v1.any.closest.local';
 const ADDRESS = '172.30.0.2';
 const FOREIGN = 'www.example.test';
-const AT_ONCE_MS = 3_000;
+const AT_ONCE_MS = 4_500;
 let lab: DnsLab;
 let plain: Client;
 let resolver: Talker;
@@ -23,6 +23,14 @@ let number = 0;
 
 const clientWith = (hosts: string, more: Readonly<Record<string, string>> = {}): Promise<Client> =>
   lab.client(++number, { 'nsswitch.conf': `passwd: files\ngroup: files\nhosts: ${hosts}\n`, ...more });
+
+/** avahi answers nothing in its first moments, when it still probes for its own host name. */
+async function warmAvahi(client: Client): Promise<void> {
+  await client.avahi();
+  await until('avahi to resolve', async () =>
+    (await client.run(['avahi-resolve', '-4', '-n', NAME])).stdout.includes(ADDRESS),
+  );
+}
 
 function found(ran: Ran, what: string, pattern: RegExp | string = ADDRESS): void {
   assert.match(ran.stdout + ran.stderr, pattern, `${what}: ${ran.stdout}${ran.stderr}`);
@@ -86,14 +94,14 @@ test('glibc with libnss-mdns (Debian default), avahi absent and avahi running', 
   const client = await clientWith('files mdns4_minimal [NOTFOUND=return] dns');
   const getent = ['env', `LD_LIBRARY_PATH=${root}/lib/x86_64-linux-gnu`, 'getent', 'ahosts', NAME];
   found(await client.run(getent), 'without avahi');
-  await client.avahi();
+  await warmAvahi(client);
   found(await client.run(getent), 'with avahi');
 });
 
 test('glibc with mdns4 and mdns.allow for our suffixes: the multicast face answers, through avahi', async () => {
   const root = await unpacked('libnss-mdns');
   const client = await clientWith('files mdns4', { 'mdns.allow': '.closest.local.\n.closest.local\n' });
-  await client.avahi();
+  await warmAvahi(client);
   found(
     await client.run(['env', `LD_LIBRARY_PATH=${root}/lib/x86_64-linux-gnu`, 'getent', 'ahostsv4', NAME]),
     'mdns4',
@@ -105,7 +113,7 @@ test('glibc with mdns (IPv4 and IPv6) does not wait for AAAA where the interface
   const client = await clientWith('files mdns', { 'mdns.allow': '.closest.local.\n.closest.local\n' });
   // What the environment manager does to the interface of an instance; with IPv6 this takes 5.2 s.
   await must(client.enter(['sysctl', '-q', '-w', 'net.ipv6.conf.eth0.disable_ipv6=1']));
-  await client.avahi();
+  await warmAvahi(client);
   found(
     await client.run(['env', `LD_LIBRARY_PATH=${root}/lib/x86_64-linux-gnu`, 'getent', 'ahosts', NAME]),
     'mdns',
@@ -219,7 +227,7 @@ test('Chromium, headless, opens the page by its seven-label name', async () => {
 
 test('avahi-resolve finds the name by multicast', async () => {
   const client = await clientWith('files dns');
-  await client.avahi();
+  await warmAvahi(client);
   found(await client.run(['avahi-resolve', '-4', '-n', NAME]), 'avahi-resolve');
 });
 
