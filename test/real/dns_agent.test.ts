@@ -7,7 +7,6 @@ import process from 'node:process';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Lab, type Output, type Runtime, until } from '../../scripts/lab.ts';
-import { needProgram } from './debian.ts';
 
 const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
 const test = suite('names of an agent');
@@ -122,7 +121,6 @@ test('a service that is deleted over the API is gone from the names at once, and
 });
 
 test('other names go to the server that --upstreams says, and its answers come back', async () => {
-  await needProgram('dnsmasq', 'dnsmasq-base');
   const { netns } = lab.node(1);
   const upstream = spawn('ip', [
     ...['netns', 'exec', netns, 'dnsmasq', '--keep-in-foreground', '--conf-file=/dev/null', '--no-resolv'],
