@@ -1,7 +1,8 @@
 // A client for measurements: new TCP connections at a steady rate, each asking one instance who it is. One JSON line
 // per flow: {"at": wall ms of its start, "who": label, "ms": until the answer} or {"at", "error": code}.
-//   bench_flows.ts HOST PORT PER_SECOND COUNT [keep]    keep: also four connections that stay, {"kept": label,
-//                                                      "at"}, and {"lost": label, "at", "why"} when one ends.
+//   bench_flows.ts HOST PORT PER_SECOND COUNT [keep]    keep: also four connections that stay, {"kept": label, "at"},
+//                                                      {"lost": label, "at", "why"} when one ends, {"left": label,
+//                                                      "at"} when it was given up for another while it still answered
 //   COUNT 0: until it is killed.
 import { lookup } from 'node:dns/promises';
 import { connect } from 'node:net';
@@ -46,8 +47,13 @@ function flow(): void {
   socket.once('end', () => finish({ at, error: 'END' }));
 }
 
+/** So that connections go on meeting everybody. */
+const STAY_MS = 2_000;
+
 /** A connection that says something every 200 ms: whom it lost and when. */
 function stay(): void {
+  const begun = performance.now();
+  let left = false;
   const socket = connect({ host: address, port }, () => {
     const talk = setInterval(() => socket.write('ping'), 200);
     socket.once('close', () => clearInterval(talk));
@@ -58,6 +64,10 @@ function stay(): void {
     if (kept === undefined) {
       kept = chunk.toString().split(' ')[0];
       say({ kept, at: Date.now() });
+    } else if (performance.now() - begun > STAY_MS) {
+      say({ left: kept, at: Date.now() });
+      left = true;
+      socket.destroy();
     }
   });
   let why = 'END';
@@ -65,7 +75,7 @@ function stay(): void {
     why = codeOf(error);
   });
   socket.once('close', () => {
-    if (kept !== undefined) say({ at: Date.now(), lost: kept, why });
+    if (kept !== undefined && !left) say({ at: Date.now(), lost: kept, why });
     setTimeout(stay, 100);
   });
 }

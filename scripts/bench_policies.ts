@@ -54,6 +54,7 @@ interface Flow {
   readonly ms?: number;
   readonly lost?: string;
   readonly kept?: string;
+  readonly left?: string;
 }
 
 const progress = (line: string): void => console.error(`  ${line}`);
@@ -459,21 +460,22 @@ function toll(
   grown: readonly number[],
   killedAt: number,
   until: number,
+  endedUntil: number,
   who: string,
 ) {
   const failed = flows.filter(
     ({ at, error, ms }) =>
       (error !== undefined || (ms ?? 0) >= REPEATED_MS) && at <= until && at >= killedAt - 2_000,
   );
-  const count = (what: 'kept' | 'lost'): number =>
+  const count = (what: 'kept' | 'lost' | 'left'): number =>
     flows.filter((f) => f[what] === who && f.at < killedAt).length;
-  const lost = flows.filter((f) => f.lost === who && f.at >= killedAt && f.at <= until + 20_000);
+  const lost = flows.filter((f) => f.lost === who && f.at >= killedAt && f.at <= endedUntil);
   return {
     lastMs: grown.reduce((latest, at) => (at <= until ? Math.max(latest, at - killedAt) : latest), 0),
     failed: failed.filter(({ error }) => error !== undefined).length,
     repeated: failed.filter(({ error }) => error === undefined).length,
     resetMs: lost.length === 0 ? undefined : Math.max(...lost.map(({ at }) => at - killedAt)),
-    hung: count('kept') - count('lost') - lost.length,
+    hung: count('kept') - count('lost') - count('left') - lost.length,
   };
 }
 
@@ -517,9 +519,10 @@ if (wanted('instance')) {
     );
     for (const each of choices) await each.stop();
     const tolls = all.map((flows, i) =>
-      kills.map(({ at, index, withdrawnMs }) =>
-        toll(flows, choices[i]!.grown, at, at + withdrawnMs + 1_700, `n${index}`),
-      ),
+      kills.map(({ at, index, withdrawnMs }) => {
+        const until = at + withdrawnMs + 1_700; // then it comes back
+        return toll(flows, choices[i]!.grown, at, until, until, `n${index}`);
+      }),
     );
     const own = tolls[0]!.map((t) => t.lastMs);
     const other = tolls[1]!.map((t) => t.lastMs);
@@ -608,7 +611,7 @@ if (wanted('host')) {
         );
         for (const each of choices) await each.stop();
         const tollOf = (k: number, index: number): ReturnType<typeof toll> =>
-          toll(index <= 4 ? left! : right!, choices[k]!.grown, at, at + 6_000, `n${index}`);
+          toll(index <= 4 ? left! : right!, choices[k]!.grown, at, at + 6_000, at + 26_000, `n${index}`);
         tolls.agent.push(tollOf(0, agentIndex));
         tolls.host.push(tollOf(1, hostIndex));
         progress(
