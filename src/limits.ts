@@ -121,6 +121,12 @@ export const STRAGGLERS_MAX = 4_096;
 export const STRAGGLER_MS = 10_000;
 /** A flow's place in the eviction order is renewed at most this often: recency to half a second is enough. */
 export const FLOW_TOUCH_MS = 500;
+/** A flow that goes on being used is written anew when its time in the file is that old: an active UDP flow must not
+ *  look idle (180 s) after a restart. */
+export const FLOW_AGE_S = 30;
+/** How old the file of flows may be while the loop runs: what a killed agent forgets. 170 flows are one
+ *  write of 4 KiB, so a full table, changed everywhere, is 386 of them. */
+export const FLOW_WRITE_MS = 10;
 /** Flows looked at for expiry per tick of 250 ms; 65,536 are seen within 4 s. */
 export const FLOW_SWEEP = 4_096;
 /** How often the packet loop says which nodes its flows lead to: every flow is seen twice meanwhile, and a node is
@@ -133,6 +139,14 @@ export const PEER_LEARNED_MS = 75_000;
 export const PEER_KEEPALIVE_MS = 20_000;
 /** Pause after the first greeting that stays unanswered; it doubles up to the keep-alive. */
 export const PEER_HELLO_FIRST_MS = 500;
+/** Greetings to an endpoint that speaks for a node without having proved it, per node: a NAT that changed its mapping is
+ *  found again within a round trip, and a flood of forged packets draws four greetings a second. */
+export const PEER_CHALLENGE_MS = 250;
+/** A node that no route names any more is kept this long, with where it was seen: its only instance may be restarting
+ *  behind a NAT. An address rests as long before it can be another's (QUARANTINE_S). */
+export const PEER_KEPT_MS = QUARANTINE_S * 1000;
+/** Nodes that no route names, at most: a few hundred bytes each. */
+export const PEERS_SPARE_MAX = 1_024;
 /** How long a learned path MTU stands (RFC 1191 §6.3: 10 minutes). */
 export const PATH_MTU_MS = 600_000;
 
@@ -147,6 +161,9 @@ export const PACKET_HELD_BYTES = 2_048;
 /** One report per unknown address and second, for at most so many addresses at a time. */
 export const MISS_REPORT_MS = 1_000;
 export const MISSES_MAX = 1_024;
+/** Reports of unknown addresses per tick of 250 ms, each a read of the keyspace; half of them are kept for packets from
+ *  the bridge, because anybody on the underlay can make the others. */
+export const MISSES_PER_TICK_MAX = 64;
 /** ICMP errors of ours per second (RFC 1812 §4.3.2.8 asks for a limit; Linux sends 1,000/s). */
 export const ICMP_PER_SECOND = 1_000;
 

@@ -1,48 +1,120 @@
-// The flow table on disk, for an agent that was killed: one fixed record per slot, written when a flow comes, changes
-// its state or goes, never per packet. It is a hint, not a promise: whatever cannot be read is left out.
+// The flow table on disk, for an agent that was killed: one fixed record per slot, kept in memory and written by block
+// when `write` is called, never by a packet. It is a hint, not a promise: whatever cannot be read is left out, and what
+// cannot be written ends it.
 //
 //   |"EWFL"| version | 0 | 0 | 0 |            8 octets, then per slot 24:
 //   | state+1 | protocol | wire port | port | remote port | local | dialled | instance | seconds since 1970 |
 import { closeSync, fstatSync, ftruncateSync, openSync, readSync, writeSync } from 'node:fs';
+import { FLOW_AGE_S } from '../../src/limits.ts';
 import { FLOW_STATE, type Flow, type FlowRecord, type FlowState, type FlowWatcher } from '../proxy/flows.ts';
 
 const HEADER = 8;
 const RECORD = 24;
+const SECONDS = 20;
 const MAGIC = 0x4557464c;
 const VERSION = 1;
+/** Records of one write: what fits a page. A record never lies in two, so a killed agent leaves it old or new. */
+const BLOCK_RECORDS = 170;
+const BLOCK = BLOCK_RECORDS * RECORD;
 
 export class FlowFile implements FlowWatcher {
   readonly #fd: number;
-  readonly #record = Buffer.alloc(RECORD);
-  readonly #empty = Buffer.alloc(1);
+  /** The whole file. */
+  readonly #image: Buffer;
+  /** Blocks that changed since they were written: a list without doubles. */
+  readonly #dirty: Int32Array;
+  readonly #isDirty: Uint8Array;
+  #dirtyCount = 0;
   /** Seconds since 1970, kept up to date by the loop's tick. */
   seconds: number;
 
-  constructor(fd: number, seconds: number) {
+  /** Writes the file in full, so that the space is there before it is needed. */
+  constructor(fd: number, max: number, seconds: number) {
     this.#fd = fd;
     this.seconds = seconds;
+    const size = HEADER + max * RECORD;
+    this.#image = Buffer.alloc(size);
+    this.#image.writeUInt32BE(MAGIC, 0);
+    this.#image[4] = VERSION;
+    const blocks = Math.ceil(max / BLOCK_RECORDS);
+    this.#dirty = new Int32Array(blocks);
+    this.#isDirty = new Uint8Array(blocks);
+    this.#writeOut(0, size);
+  }
+
+  get dirty(): boolean {
+    return this.#dirtyCount > 0;
   }
 
   put(flow: Flow): void {
-    const r = this.#record;
-    r[0] = flow.state + 1;
-    r[1] = flow.protocol;
-    r.writeUInt16BE(flow.wirePort, 2);
-    r.writeUInt16BE(flow.port, 4);
-    r.writeUInt16BE(flow.remotePort, 6);
-    r.writeUInt32BE(flow.local, 8);
-    r.writeUInt32BE(flow.dialled, 12);
-    r.writeUInt32BE(flow.instance.instanceIp, 16);
-    r.writeUInt32BE(this.seconds, 20);
-    writeSync(this.#fd, r, 0, RECORD, HEADER + flow.slot * RECORD);
+    const at = HEADER + flow.slot * RECORD;
+    const image = this.#image;
+    image[at] = flow.state + 1;
+    image[at + 1] = flow.protocol;
+    image.writeUInt16BE(flow.wirePort, at + 2);
+    image.writeUInt16BE(flow.port, at + 4);
+    image.writeUInt16BE(flow.remotePort, at + 6);
+    image.writeUInt32BE(flow.local, at + 8);
+    image.writeUInt32BE(flow.dialled, at + 12);
+    image.writeUInt32BE(flow.instance.instanceIp, at + 16);
+    image.writeUInt32BE(this.seconds, at + SECONDS);
+    this.#mark(flow.slot);
+  }
+
+  use(flow: Flow): void {
+    const at = HEADER + flow.slot * RECORD;
+    if (this.seconds - this.#image.readUInt32BE(at + SECONDS) < FLOW_AGE_S) return;
+    this.#image.writeUInt32BE(this.seconds, at + SECONDS);
+    this.#mark(flow.slot);
   }
 
   drop(slot: number): void {
-    writeSync(this.#fd, this.#empty, 0, 1, HEADER + slot * RECORD);
+    this.#image[HEADER + slot * RECORD] = 0;
+    this.#mark(slot);
+  }
+
+  /** Writes what has changed. Throws what the host says against it; then `abandon`. */
+  write(): void {
+    for (let i = 0; i < this.#dirtyCount; i++) {
+      const block = this.#dirty[i]!;
+      this.#isDirty[block] = 0;
+      const at = HEADER + block * BLOCK;
+      this.#writeOut(at, Math.min(BLOCK, this.#image.length - at));
+    }
+    this.#dirtyCount = 0;
+  }
+
+  /** Nothing is better than flows that have gone. */
+  abandon(): void {
+    try {
+      ftruncateSync(this.#fd, 0);
+    } finally {
+      closeSync(this.#fd);
+    }
   }
 
   close(): void {
-    closeSync(this.#fd);
+    try {
+      this.write();
+    } finally {
+      closeSync(this.#fd);
+    }
+  }
+
+  #mark(slot: number): void {
+    const block = Math.floor(slot / BLOCK_RECORDS);
+    if (this.#isDirty[block] === 1) return;
+    this.#isDirty[block] = 1;
+    this.#dirty[this.#dirtyCount++] = block;
+  }
+
+  #writeOut(at: number, length: number): void {
+    // A disk that fills up takes a part.
+    for (let done = 0; done < length; ) {
+      const wrote = writeSync(this.#fd, this.#image, at + done, length - done, at + done);
+      if (wrote === 0) throw new Error('the disk took nothing');
+      done += wrote;
+    }
   }
 }
 
@@ -58,31 +130,37 @@ export function openFlowFile(
   } catch {
     fd = openSync(path, 'w+', 0o600);
   }
+  try {
+    const records = readRecords(fd, max, seconds);
+    // The slots are given anew, so the old records go.
+    ftruncateSync(fd, 0);
+    return { file: new FlowFile(fd, max, seconds), records };
+  } catch (error) {
+    closeSync(fd);
+    throw error;
+  }
+}
+
+function readRecords(fd: number, max: number, seconds: number): FlowRecord[] {
   const size = Math.min(fstatSync(fd).size, HEADER + max * RECORD);
   const content = Buffer.alloc(size);
   const read = readSync(fd, content, 0, size, 0);
   const records: FlowRecord[] = [];
-  if (read >= HEADER && content.readUInt32BE(0) === MAGIC && content[4] === VERSION)
-    for (let at = HEADER; at + RECORD <= read; at += RECORD) {
-      const state = content[at]! - 1;
-      if (state < FLOW_STATE.opening || state > FLOW_STATE.reset) continue;
-      records.push({
-        state: state as FlowState,
-        protocol: content[at + 1]!,
-        wirePort: content.readUInt16BE(at + 2),
-        port: content.readUInt16BE(at + 4),
-        remotePort: content.readUInt16BE(at + 6),
-        local: content.readUInt32BE(at + 8),
-        dialled: content.readUInt32BE(at + 12),
-        instanceIp: content.readUInt32BE(at + 16),
-        ageS: Math.max(0, seconds - content.readUInt32BE(at + 20)),
-      });
-    }
-  // The slots are given anew, so the old records go.
-  ftruncateSync(fd, 0);
-  const header = Buffer.alloc(HEADER);
-  header.writeUInt32BE(MAGIC, 0);
-  header[4] = VERSION;
-  writeSync(fd, header, 0, HEADER, 0);
-  return { file: new FlowFile(fd, seconds), records };
+  if (read < HEADER || content.readUInt32BE(0) !== MAGIC || content[4] !== VERSION) return records;
+  for (let at = HEADER; at + RECORD <= read; at += RECORD) {
+    const state = content[at]! - 1;
+    if (state < FLOW_STATE.opening || state > FLOW_STATE.reset) continue;
+    records.push({
+      state: state as FlowState,
+      protocol: content[at + 1]!,
+      wirePort: content.readUInt16BE(at + 2),
+      port: content.readUInt16BE(at + 4),
+      remotePort: content.readUInt16BE(at + 6),
+      local: content.readUInt32BE(at + 8),
+      dialled: content.readUInt32BE(at + 12),
+      instanceIp: content.readUInt32BE(at + 16),
+      ageS: Math.max(0, seconds - content.readUInt32BE(at + SECONDS)),
+    });
+  }
+  return records;
 }

@@ -46,18 +46,18 @@ export class Batch {
   readonly #bytes = new Int32Array(RUNS_MAX);
   readonly #vectors = new Int32Array(RUNS_MAX);
   runs = 0;
-  /** False once the kernel or the device refused UDP_SEGMENT. */
-  segmenting: boolean;
-  /** The device under the tunnel cannot segment; told once. */
-  onRefused: () => void = () => {};
-  /** A datagram was larger than the path to that peer. */
-  onTooBig: (peer: Peer, size: number) => void = () => {};
+  /** False where the kernel knows no UDP_SEGMENT. */
+  readonly #segmenting: boolean;
+  /** The way to that peer takes no joined datagrams; told once for each. */
+  onRefused: (peer: Peer) => void = () => {};
+  /** A datagram may have been larger than the path to that peer; true when it was. */
+  onTooBig: (peer: Peer) => boolean = () => false;
 
   constructor(sys: System, fd: number, segmenting: boolean, counters: Float64Array) {
     this.#sys = sys;
     this.#fd = fd;
     this.#counters = counters;
-    this.segmenting = segmenting;
+    this.#segmenting = segmenting;
     this.#messages = sys.allocate(RUNS_MAX * MMSGHDR_SIZE);
     this.#messagesView = new DataView(this.#messages.bytes.buffer);
     this.#iovecs = sys.allocate(RUNS_MAX * IOVECS_PER_RUN * IOVEC_SIZE);
@@ -94,7 +94,7 @@ export class Batch {
     if (run < 0) {
       if (this.runs >= RUNS_MAX) this.flush(this.#now);
       run = this.runs++;
-      peer.run = this.segmenting ? run : -1;
+      peer.run = this.#segmenting && peer.joined ? run : -1;
       this.#peers[run] = peer;
       this.#size[run] = size;
       this.#packets[run] = 0;
@@ -169,12 +169,6 @@ export class Batch {
         this.#sys.poll(this.#poll.pointer, 1, FULL_WAIT_MS);
         continue;
       }
-      if (errno === ERRNO.ECONNREFUSED && !waited) {
-        // An ICMP error about an earlier datagram: reading it off the socket clears it.
-        waited = true;
-        this.#counters[DROP.send_refused]!++;
-        continue;
-      }
       this.#fail(sent, errno);
       sent++;
     }
@@ -188,18 +182,20 @@ export class Batch {
   #fail(run: number, errno: number): void {
     const packets = this.#packets[run]!;
     const peer = this.#peers[run]!;
-    if (errno === ERRNO.EMSGSIZE) this.onTooBig(peer, this.#size[run]!);
-    else if (packets > 1 && (errno === ERRNO.EIO || errno === ERRNO.EINVAL)) {
-      // EIO: the device has no checksum offload, which UDP_SEGMENT needs (udp(7)).
-      if (this.segmenting) this.onRefused();
-      this.segmenting = false;
+    // A run too large for its path is EMSGSIZE, and EINVAL where UDP_SEGMENT is judged first (Linux before 6.14). EIO:
+    // the device has no checksum offload, which UDP_SEGMENT needs (udp(7)).
+    const joined = packets > 1 && (errno === ERRNO.EIO || errno === ERRNO.EINVAL);
+    const tooBig = (errno === ERRNO.EMSGSIZE || errno === ERRNO.EINVAL) && this.onTooBig(peer);
+    if (joined && !tooBig && peer.joined) {
+      peer.joined = false;
+      this.onRefused(peer);
     }
     const reason =
       errno === ERRNO.ENETUNREACH || errno === ERRNO.EHOSTUNREACH || errno === ERRNO.ENETDOWN
         ? DROP.send_unreachable
         : errno === ERRNO.EAGAIN || errno === ERRNO.ENOBUFS
           ? DROP.send_full
-          : errno === ERRNO.EMSGSIZE
+          : errno === ERRNO.EMSGSIZE || tooBig
             ? DROP.too_big
             : DROP.send_failed;
     this.#counters[reason]! += packets;

@@ -7,7 +7,7 @@
 //
 //   … | 2 | virtio 10 | packet …           read from the TUN
 //   …     | tunnel 8  | packet …           sent to a peer
-import { createHmac, timingSafeEqual } from 'node:crypto';
+import { createHmac, getRandomValues } from 'node:crypto';
 import { receiveMessageOnPort, workerData } from 'node:worker_threads';
 import {
   CMSG,
@@ -28,6 +28,7 @@ import {
   SOCKADDR_IN,
   SOL_UDP,
   system as sys,
+  type Tun,
   TunError,
   type TunnelSocket,
   UDP_GRO,
@@ -41,6 +42,7 @@ import { formatIpv4, type Ipv4, ipv4 } from '../../src/addr.ts';
 import {
   FLOW_PEERS_MS,
   FLOW_SWEEP,
+  FLOW_WRITE_MS,
   PROBE_STATUS_BYTES,
   SEGMENTS_MAX,
   SOCKET_BUFFER_BYTES,
@@ -53,26 +55,16 @@ import { finish, sum } from '../../src/wire/checksum.ts';
 import { vectorBytes } from '../../src/wire/checksum_simd.ts';
 import { checkIpv4, IPV4, IPV4_FAULT, PROTOCOL } from '../../src/wire/ipv4.ts';
 import { TCP } from '../../src/wire/tcp.ts';
-import {
-  CONTROL,
-  CONTROL_KIND,
-  CONTROL_PROOF_BYTES,
-  FRAME,
-  NEXT_IPV4,
-  readControl,
-  readTunnel,
-  TUNNEL,
-  writeControl,
-  writeTunnel,
-} from '../../src/wire/tunnel.ts';
+import { FRAME, NEXT_IPV4, readTunnel, TUNNEL, writeTunnel } from '../../src/wire/tunnel.ts';
 import { UDP } from '../../src/wire/udp.ts';
 import { Answers } from '../proxy/answer.ts';
-import type { ProxyCommand, ProxyReport } from '../proxy/command.ts';
+import type { ProxyCommand, ProxyConfig, ProxyReport } from '../proxy/command.ts';
+import { CONTROL_BYTES, Control } from '../proxy/control.ts';
 import { cutIntoFragments, cutMemory } from '../proxy/fragments.ts';
 import { Hold } from '../proxy/hold.ts';
 import type { Peer } from '../proxy/peers.ts';
 import { ProxyTun } from '../proxy/proxy.ts';
-import { Cutter, HEADER_SLOTS, Joiner } from '../proxy/segment.ts';
+import { Cutter, Joiner } from '../proxy/segment.ts';
 import { COUNT, DROP, VERDICT } from '../proxy/verdict.ts';
 import { type FlowFile, openFlowFile } from './flow_file.ts';
 import { Batch } from './packet_batch.ts';
@@ -89,8 +81,42 @@ const TUN_READS = 64;
 const TUNNEL_READS = 16;
 const TICK_MS = 250;
 const CHOICES_MS = 250;
-const PROBES_MAX = 4_096;
-const PROBE_WAIT_MS = 10_000;
+
+interface Devices {
+  readonly tun: Tun;
+  readonly socket: TunnelSocket;
+}
+
+/** The TUN device and the tunnel's socket, or neither. */
+function openDevices(config: ProxyConfig, notice: (text: string) => void): Devices {
+  const { nodeIp, ewp: port, without } = config;
+  const tun = openTun(sys, { name: config.tun, mtu: config.mtu, queue: TUN_QUEUE, without });
+  try {
+    const socket = openSocket(nodeIp, port, without, notice);
+    for (const text of [...tun.refused, ...socket.refused]) notice(`this kernel refuses ${text}`);
+    return { tun, socket };
+  } catch (error) {
+    sys.close(tun.fd);
+    throw error;
+  }
+}
+
+/** Bound to the node's own address; behind a NAT that address may be none of this host's, then to any. */
+function openSocket(
+  nodeIp: Ipv4,
+  port: number,
+  without: ProxyConfig['without'],
+  notice: (text: string) => void,
+): TunnelSocket {
+  const options = { port, buffer: SOCKET_BUFFER_BYTES, without };
+  try {
+    return openTunnelSocket(sys, { ...options, address: nodeIp });
+  } catch (error) {
+    if (!(error instanceof TunError) || error.errno !== ERRNO.EADDRNOTAVAIL) throw error;
+    notice(`binding to ${formatIpv4(nodeIp)}, which is no address of this host; bound to all`);
+    return openTunnelSocket(sys, { ...options, address: 0 });
+  }
+}
 
 class Loop {
   readonly #data: ThreadData;
@@ -115,8 +141,7 @@ class Loop {
   readonly #hold: Region;
   readonly #cuts: Region;
   readonly #cutsBytes: Bytes;
-  readonly #control: Region;
-  readonly #controlBytes: Bytes;
+  readonly #control: Control;
 
   readonly #readVector: Region;
   readonly #readVectorView: DataView;
@@ -132,42 +157,31 @@ class Loop {
 
   #running = true;
   #error: string | undefined;
-  #slotsUsed = 0;
   #now = 0;
   #tickedMs = 0;
   #reportedMs = 0;
   #flowPeersMs = 0;
-  #status: Uint8Array<ArrayBufferLike> = new Uint8Array(0);
-  /** When each probe left, by token. */
-  readonly #probes = new Map<number, { readonly sentMs: number; readonly nodeIp: number }>();
-  readonly #secret: Uint8Array;
-  #stampUs = 0;
   #flowFile: FlowFile | undefined;
+  #wroteMs = 0;
   #rememberedUntilMs = performance.now() + REMEMBER_MS;
 
-  constructor(data: ThreadData) {
+  constructor(data: ThreadData, devices: Devices) {
     this.#data = data;
     const { config } = data;
     this.#counters = new Float64Array(data.counters);
     this.#flags = new Int32Array(data.flags);
     this.#spinMs = (config.spinUs ?? SPIN_US_DEFAULT) / 1000;
-    // Without a secret of the network's own the proof is a checksum that anybody can make.
-    this.#secret = config.secret ?? new TextEncoder().encode(`edgeway ${config.vni}`);
 
-    const tun = openTun(sys, { name: config.tun, mtu: config.mtu, queue: TUN_QUEUE });
+    const { tun, socket } = devices;
     this.#tun = tun.fd;
-    try {
-      const socket = this.#openSocket();
-      this.#socket = socket.fd;
-      for (const text of [...tun.refused, ...socket.refused]) this.#notice(`this kernel refuses ${text}`);
-      this.#batch = new Batch(sys, socket.fd, socket.gso, this.#counters);
-    } catch (error) {
-      sys.close(tun.fd);
-      throw error;
-    }
+    this.#socket = socket.fd;
+    this.#joiner.tcp = tun.tso;
     this.#joiner.udp = tun.uso;
-    this.#batch.onRefused = () =>
-      this.#notice('the device under the tunnel refuses UDP_SEGMENT: sending one by one');
+    this.#batch = new Batch(sys, socket.fd, socket.gso, this.#counters);
+    this.#batch.onRefused = (peer) =>
+      this.#notice(
+        `the device on the way to ${formatIpv4(ipv4(peer.targetIp(this.#now)))} refuses UDP_SEGMENT: sending one by one`,
+      );
     this.#batch.onTooBig = (peer) => this.#learnMtu(peer);
 
     // Payloads are summed here: vectors, where the runtime has them.
@@ -181,19 +195,12 @@ class Loop {
     this.#hold = sys.allocate(Hold.memory);
     this.#cuts = sys.allocate((cutMemory(PACKET_MAX, 296) + 3) & ~3);
     this.#cutsBytes = bytesOf(this.#cuts.bytes);
-    this.#control = sys.allocate(128);
-    this.#controlBytes = bytesOf(this.#control.bytes);
     this.#proxy = new ProxyTun(config, {
       counters: this.#counters,
       answers: bytesOf(this.#answers.bytes),
       hold: bytesOf(this.#hold.bytes),
     });
-    if (config.flowsFile !== undefined) {
-      const { file, records } = openFlowFile(config.flowsFile, config.flowsMax, seconds());
-      this.#flowFile = file;
-      this.#proxy.remember(records);
-      this.#proxy.flows.watcher = file;
-    }
+    if (config.flowsFile !== undefined) this.#openFlows(config.flowsFile, config.flowsMax);
     this.#proxy.onAnswersFull = () => this.#sendAnswers();
 
     this.#readVector = sys.allocate(IOVEC_SIZE);
@@ -220,7 +227,18 @@ class Loop {
     this.#sendControlView.setUint32(MSGHDR.nameLength, SOCKADDR_IN.size, true);
     setPointer(this.#sendControlView, MSGHDR.iov, out + RECEIVE.vector);
     this.#sendControlView.setUint32(MSGHDR.iovLength, 1, true);
-    setPointer(this.#sendControlView, RECEIVE.vector, this.#control.address);
+    const frame = sys.allocate(CONTROL_BYTES);
+    setPointer(this.#sendControlView, RECEIVE.vector, frame.address);
+    // Without a secret of the network's own the proof is a checksum that anybody can make.
+    const secret = config.secret ?? new TextEncoder().encode(`edgeway ${config.vni}`);
+    const random = new Uint32Array(1);
+    this.#control = new Control(config, this.#proxy.routes, this.#counters, bytesOf(frame.bytes), {
+      send: (length, ip, port) => this.#sendFrame(length, ip, port),
+      prove: (head, tail) => createHmac('sha256', secret).update(head).update(tail).digest(),
+      token: () => getRandomValues(random)[0]!,
+      wallUs: () => Date.now() * 1000,
+      report: (report) => this.report(report),
+    });
 
     this.#polls = sys.allocate(3 * POLLFD.size);
     this.#pollsView = new DataView(this.#polls.bytes.buffer);
@@ -230,15 +248,28 @@ class Loop {
     }
   }
 
-  /** Bound to the node's own address; behind a NAT that address may be none of this host's, then to any. */
-  #openSocket(): TunnelSocket {
-    const { nodeIp, ewp: port } = this.#data.config;
+  /** Flows of an earlier life, and a place for those of this one. Without it they live in memory only. */
+  #openFlows(path: string, max: number): void {
     try {
-      return openTunnelSocket(sys, { address: nodeIp, port, buffer: SOCKET_BUFFER_BYTES });
+      const { file, records } = openFlowFile(path, max, seconds());
+      this.#flowFile = file;
+      this.#proxy.remember(records);
+      this.#proxy.flows.watcher = file;
     } catch (error) {
-      if (!(error instanceof TunError) || error.errno !== ERRNO.EADDRNOTAVAIL) throw error;
-      this.#notice(`binding to ${formatIpv4(nodeIp)}, which is no address of this host; bound to all`);
-      return openTunnelSocket(sys, { address: 0, port, buffer: SOCKET_BUFFER_BYTES });
+      this.#notice(`the file of flows, ${path}: ${messageOf(error)}`);
+    }
+  }
+
+  #writeFlows(): void {
+    this.#wroteMs = this.#now;
+    try {
+      this.#flowFile?.write();
+    } catch (error) {
+      this.#notice(`the file of flows, ${this.#data.config.flowsFile}: ${messageOf(error)}`);
+      const file = this.#flowFile;
+      this.#flowFile = undefined;
+      this.#proxy.flows.watcher = undefined;
+      quietly(() => file?.abandon());
     }
   }
 
@@ -253,13 +284,15 @@ class Loop {
       if (this.#tunReady) this.#tunReady = this.#fromTun() === TUN_READS;
       if (this.#tunnelReady) this.#tunnelReady = this.#fromTunnel() === TUNNEL_READS;
       if (this.#now - this.#tickedMs >= TICK_MS) this.#tick();
+      const unwritten = this.#flowFile?.dirty === true;
+      if (unwritten && this.#now - this.#wroteMs >= FLOW_WRITE_MS) this.#writeFlows();
       if (this.#tunReady || this.#tunnelReady) continue;
       if (work) lastWorkMs = this.#now;
       if (this.#now - lastWorkMs < this.#spinMs) {
         this.#look(0);
         continue;
       }
-      this.#look(TICK_MS);
+      this.#look(unwritten ? FLOW_WRITE_MS : TICK_MS);
     }
   }
 
@@ -267,9 +300,7 @@ class Loop {
   #tunnelReady = false;
 
   close(): void {
-    this.#flowFile?.close();
-    sys.close(this.#tun);
-    sys.close(this.#socket);
+    quietly(() => this.#flowFile?.close());
   }
 
   /** Why the loop ended by itself. */
@@ -313,16 +344,20 @@ class Loop {
     const arena = this.#arenaBytes;
     let reads = 0;
     for (; reads < TUN_READS; reads++) {
-      if (this.#arenaAt + READ_SLOT > ARENA_BYTES || this.#slotsUsed + SEGMENTS_MAX * 2 > HEADER_SLOTS)
-        this.#flush();
+      if (this.#arenaAt + READ_SLOT > ARENA_BYTES) this.#flush();
       const at = this.#arenaAt + HEADROOM;
       setPointer(this.#readVectorView, 0, this.#arena.address + at - VNET.size);
       this.#readVectorView.setUint32(8, VNET.size + PACKET_MAX, true);
       const length = sys.readv(this.#tun, this.#readVector.pointer, 1);
       if (length < 0) {
         if (length === -ERRNO.EAGAIN || length === -ERRNO.EINTR) break;
-        this.#fail(`read from the TUN device ${this.#data.config.tun}: ${errnoName(length)}`);
-        break;
+        if (length === -ERRNO.EBADF || length === -ERRNO.EBADFD) {
+          this.#fail(`read from the TUN device ${this.#data.config.tun}: ${errnoName(length)}`);
+          break;
+        }
+        // The kernel had no virtio header for this one packet, and has let go of it.
+        this.#counters[DROP.unread]!++;
+        continue;
       }
       this.#counters[COUNT.tun_reads]!++;
       const packet = length - VNET.size;
@@ -383,12 +418,13 @@ class Loop {
 
   #cut(bytes: Bytes, at: number, segment: number, peer: Peer): void {
     const cutter = this.#cutter;
+    // Headers that wait in the batch must not be written over.
+    if (cutter.segments(bytes, at, segment) > cutter.room) this.#flush();
     if (!cutter.cut(bytes, at, segment)) {
       this.#counters[DROP.malformed_transport]!++;
       return;
     }
     const { count, headerLength, headerAt, bodyAt, bodyLength } = cutter;
-    this.#slotsUsed += count;
     this.#counters[COUNT.segmented_packets]! += count;
     const headers = this.#headers.address;
     const arena = this.#arena.address;
@@ -416,7 +452,7 @@ class Loop {
   #flush(): void {
     this.#batch.flush(this.#now);
     this.#arenaAt = 0;
-    this.#slotsUsed = 0;
+    this.#cutter.release();
   }
 
   // ——— from the tunnel ———
@@ -434,8 +470,8 @@ class Loop {
           this.#fail('the tunnel socket is gone');
           break;
         }
-        // ICMP errors about what we sent surface here (ECONNREFUSED, EHOSTUNREACH): read off, go on.
-        this.#counters[length === -ERRNO.ECONNREFUSED ? DROP.send_refused : DROP.send_unreachable]!++;
+        // Errors of the network do not surface on a socket that is not connected and did not ask (IP_RECVERR).
+        this.#counters[DROP.unread]!++;
         continue;
       }
       this.#counters[COUNT.tunnel_reads]!++;
@@ -479,7 +515,8 @@ class Loop {
           if (joiner.count > 0) this.#arriving(ip, port);
           joiner.open(bytes, at);
         }
-      } else if (frame === FRAME.control) this.#takeControl(INBOX_AT + done, size, ip, port);
+      } else if (frame === FRAME.control)
+        this.#control.take(bytes, INBOX_AT + done, size, ip, port, performance.now());
       else
         counters[
           frame === FRAME.short
@@ -522,8 +559,14 @@ class Loop {
       }
     }
     joiner.count = 0;
+    if (proxy.doubted !== undefined) this.#doubt(ip, port);
     if (proxy.answers.count > 0) this.#sendAnswers();
     if (proxy.hold.due > 0) this.#resume();
+  }
+
+  #doubt(ip: number, port: number): void {
+    this.#control.challenge(this.#proxy.doubted!, ip, port, this.#now);
+    this.#proxy.doubted = undefined;
   }
 
   #writeJoined(): void {
@@ -534,7 +577,39 @@ class Loop {
     setVector(view, 0, inbox + at - VNET.size, VNET.size + joiner.headerLength + bodyLength[0]!);
     for (let i = 1; i < count; i++) setVector(view, i * IOVEC_SIZE, inbox + bodyAt[i]!, bodyLength[i]!);
     this.#counters[COUNT.joined_packets]! += count;
-    this.#finishWrite(sys.writev(this.#tun, this.#writeVectors.pointer, count), joiner.total);
+    const result = sys.writev(this.#tun, this.#writeVectors.pointer, count);
+    if (result === -ERRNO.EINVAL) this.#writeSingly();
+    else this.#finishWrite(result, joiner.total);
+  }
+
+  /**
+   * The device refuses joined packets that it had promised to take (6.10.3 and 6.6.44 did): this one is cut again, and
+   * no more are joined.
+   */
+  #writeSingly(): void {
+    const joiner = this.#joiner;
+    const { at, count, headerLength, bodyAt, bodyLength } = joiner;
+    if (joiner.protocol === PROTOCOL.tcp) joiner.tcp = false;
+    else joiner.udp = false;
+    this.#notice(`the TUN device ${this.#data.config.tun} refuses joined packets: writing one by one`);
+    const whole = newBytes(joiner.total);
+    const { u8 } = this.#inboxBytes;
+    whole.u8.set(u8.subarray(at, at + headerLength));
+    for (let i = 0, to = headerLength; i < count; to += bodyLength[i++]!)
+      whole.u8.set(u8.subarray(bodyAt[i]!, bodyAt[i]! + bodyLength[i]!), to);
+    const cutter = new Cutter(this.#data.config.vni);
+    if (!cutter.cut(whole, 0, joiner.size)) return;
+    for (let i = 0; i < cutter.count; i++) {
+      // Copied behind a virtio header of its own; the buffer is free, its packets have gone.
+      const header = cutter.headerLength - TUNNEL.size;
+      const from = cutter.headerAt[i]! + TUNNEL.size;
+      const body = cutter.bodyAt[i]!;
+      u8.fill(0, HEADROOM - VNET.size, HEADROOM);
+      u8.set(cutter.headers.u8.subarray(from, from + header), HEADROOM);
+      u8.set(whole.u8.subarray(body, body + cutter.bodyLength[i]!), HEADROOM + header);
+      const length = VNET.size + header + cutter.bodyLength[i]!;
+      this.#writeTun(this.#inbox.address + HEADROOM - VNET.size, length);
+    }
   }
 
   #writeTun(address: number, length: number): void {
@@ -580,98 +655,34 @@ class Loop {
         this.#wrap(this.#hold, hold.bytes, at, length, this.#proxy.peer!);
         this.#flush();
       }
+      if (this.#proxy.doubted !== undefined) this.#doubt(outerIp, outerPort);
       this.#counters[COUNT.packets_resumed]!++;
       hold.free(held);
       if (this.#proxy.answers.count > 0) this.#sendAnswers();
     }
   }
 
-  #learnMtu(peer: Peer): void {
+  /** Asks the kernel for the size of the path; true when it is smaller than what was known. */
+  #learnMtu(peer: Peer): boolean {
     const path = pathMtu(sys, peer.targetIp(this.#now), peer.targetPort(this.#now));
-    if (path <= 0) return;
+    if (path <= 0) return false;
     const mtu = Math.min(this.#data.config.mtu, path - TUNNEL_OVERHEAD);
-    if (mtu < 68 || mtu === peer.mtu) return;
+    if (mtu < 68 || mtu === peer.mtu) return false;
+    const smaller = mtu < peer.mtu;
     peer.mtu = mtu;
     peer.mtuMs = this.#now;
+    return smaller;
   }
 
   // ——— control frames ———
 
-  #proof(length: number): Buffer {
-    const { u8 } = this.#controlBytes;
-    const hmac = createHmac('sha256', this.#secret);
-    hmac.update(u8.subarray(0, CONTROL.proof));
-    hmac.update(u8.subarray(CONTROL.size, length));
-    return hmac.digest().subarray(0, CONTROL_PROOF_BYTES);
-  }
-
-  #say(kind: number, token: number, ip: number, port: number, status: Uint8Array): void {
-    // Wall time makes stamps grow across restarts; two frames never share one.
-    this.#stampUs = Math.max(this.#stampUs + 1, Math.floor(Date.now() * 1000));
-    writeControl(this.#controlBytes, 0, this.#data.config.vni, {
-      kind,
-      token,
-      subnet: this.#data.config.subnetBase,
-      stampUs: this.#stampUs,
-    });
-    this.#controlBytes.u8.set(status, CONTROL.size);
-    const length = CONTROL.size + status.length;
-    this.#controlBytes.u8.set(this.#proof(length), CONTROL.proof);
+  #sendFrame(length: number, ip: number, port: number): boolean {
     const view = this.#sendControlView;
     view.setUint16(RECEIVE.name + SOCKADDR_IN.family, 2, true);
     view.setUint16(RECEIVE.name + SOCKADDR_IN.port, port);
     view.setUint32(RECEIVE.name + SOCKADDR_IN.address, ip);
     view.setUint32(RECEIVE.vector + 8, length, true);
-    const result = sys.sendmsg(this.#socket, this.#sendControl.pointer, 0);
-    if (result >= 0) this.#counters[COUNT.control_sent]!++;
-  }
-
-  #takeControl(at: number, length: number, ip: number, port: number): void {
-    const control = readControl(this.#inboxBytes, at, length);
-    if (control !== undefined) {
-      this.#controlBytes.u8.set(this.#inboxBytes.u8.subarray(at, at + length));
-      const proof = this.#controlBytes.u8.slice(CONTROL.proof, CONTROL.size);
-      if (timingSafeEqual(proof, this.#proof(length))) {
-        this.#counters[COUNT.control_received]!++;
-        this.#onControl(control.kind, control.token, control.subnet, control.stampUs, length, ip, port);
-        return;
-      }
-    }
-    this.#counters[DROP.bad_control]!++;
-  }
-
-  #onControl(
-    kind: number,
-    token: number,
-    subnet: number,
-    stampUs: number,
-    length: number,
-    ip: number,
-    port: number,
-  ): void {
-    const peer = this.#proxy.routes.peerOf(subnet);
-    if (peer !== undefined) {
-      if (stampUs > peer.stampUs) {
-        peer.stampUs = stampUs;
-        if (peer.learn(ip, port, this.#now)) this.#counters[COUNT.peers_learned]!++;
-      } else if (kind !== CONTROL_KIND.probeBack) return; // replayed, or overtaken
-    }
-    // Who does not know the greeter yet stays silent, and is greeted again.
-    if (kind === CONTROL_KIND.hello && peer !== undefined)
-      this.#say(CONTROL_KIND.helloBack, token, ip, port, NOTHING);
-    else if (kind === CONTROL_KIND.probe) this.#say(CONTROL_KIND.probeBack, token, ip, port, this.#status);
-    else if (kind === CONTROL_KIND.probeBack) {
-      const probe = this.#probes.get(token);
-      if (probe === undefined) return;
-      this.#probes.delete(token);
-      this.report({
-        kind: 'probed',
-        token,
-        nodeIp: ipv4(probe.nodeIp),
-        rttNs: Math.round((performance.now() - probe.sentMs) * 1e6),
-        status: this.#controlBytes.u8.slice(CONTROL.size, length),
-      });
-    }
+    return sys.sendmsg(this.#socket, this.#sendControl.pointer, 0) >= 0;
   }
 
   // ——— the control plane ———
@@ -689,24 +700,11 @@ class Loop {
       case 'stop':
         this.#running = false;
         return;
-      case 'probe': {
-        if (this.#probes.size >= PROBES_MAX) {
-          const oldest = this.#probes.keys().next().value;
-          if (oldest !== undefined) this.#probes.delete(oldest);
-        }
-        let { nodeIp: ip, ewp: port } = command as { nodeIp: number; ewp: number };
-        for (const peer of this.#proxy.routes.peers.values())
-          if (peer.ip === ip && peer.port === port) {
-            ip = peer.targetIp(this.#now);
-            port = peer.targetPort(this.#now);
-            break;
-          }
-        this.#probes.set(command.token, { sentMs: performance.now(), nodeIp: command.nodeIp });
-        this.#say(CONTROL_KIND.probe, command.token, ip, port, NOTHING);
+      case 'probe':
+        this.#control.probe(command.token, command.nodeIp, command.ewp, performance.now());
         return;
-      }
       case 'probeStatus':
-        this.#status = command.status.subarray(0, PROBE_STATUS_BYTES);
+        this.#control.status = command.status.subarray(0, PROBE_STATUS_BYTES);
         return;
       default:
         this.#proxy.apply(command, this.#now);
@@ -744,22 +742,23 @@ class Loop {
         if (now - flowMs < FLOW_PEERS_MS) subnets.push(ipv4(subnet));
       if (subnets.length > 0) this.report({ kind: 'flowPeers', subnets });
     }
-    for (const peer of proxy.routes.peers.values()) {
-      if (!peer.greet(now)) continue;
-      this.#say(CONTROL_KIND.hello, 0, peer.targetIp(now), peer.targetPort(now), NOTHING);
-    }
-    for (const [token, probe] of this.#probes) {
-      if (now - probe.sentMs < PROBE_WAIT_MS) break;
-      this.#probes.delete(token);
-    }
+    this.#control.tick(now);
   }
+}
+
+const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
+
+/** For the end of something: there is nobody left to whom an error would matter. */
+function quietly(work: () => void): void {
+  try {
+    work();
+  } catch {}
 }
 
 /** Wall time, for what outlives the process. */
 const seconds = (): number => Math.floor(Date.now() / 1000);
 /** How long flows of an earlier life wait for their routes. */
 const REMEMBER_MS = 60_000;
-const NOTHING = new Uint8Array(0);
 /** A received datagram begins here: its inner packet is then 4-aligned, with room for a virtio header before it. */
 const INBOX_AT = 4;
 /** Places in the region of a message: the msghdr, then what it points to. */
@@ -777,17 +776,30 @@ function setVector(view: DataView, at: number, address: number, length: number):
 }
 
 const data = workerData as ThreadData;
-try {
-  const loop = new Loop(data);
-  loop.report({ kind: 'ready' });
+const report = (report: ProxyReport): void => data.port.postMessage(report);
+
+function work(): string | undefined {
+  const devices = openDevices(data.config, (text) => report({ kind: 'notice', text }));
   try {
-    loop.run();
+    const loop = new Loop(data, devices);
+    report({ kind: 'ready' });
+    try {
+      loop.run();
+    } finally {
+      loop.close();
+    }
+    return loop.error;
   } finally {
-    loop.close();
+    sys.close(devices.tun.fd);
+    sys.close(devices.socket.fd);
   }
-  loop.report(loop.error === undefined ? { kind: 'stopped' } : { kind: 'stopped', error: loop.error });
+}
+
+try {
+  const error = work();
+  report(error === undefined ? { kind: 'stopped' } : { kind: 'stopped', error });
 } catch (error) {
   const text = error instanceof Error ? (error.stack ?? error.message) : String(error);
-  data.port.postMessage({ kind: 'stopped', error: text } satisfies ProxyReport);
+  report({ kind: 'stopped', error: text });
 }
 data.port.close();

@@ -103,6 +103,9 @@ export type ProxyReport =
   /** Something an operator should know once: an offload that this kernel refuses, a setting that did not take. */
   | { readonly kind: 'notice'; readonly text: string };
 
+/** Super-packets of TCP and UDP on the TUN; joined sends and receives on the tunnel's socket. */
+export type Offload = 'tso' | 'uso' | 'gso' | 'gro';
+
 export interface ProxyConfig {
   /** Name of the TUN device to create. */
   readonly tun: string;
@@ -122,6 +125,8 @@ export interface ProxyConfig {
   /** Shared by all nodes of the network; proves control frames, and so a peer's address behind NAT. Absent: frames
    *  are only as trustworthy as the underlay. */
   readonly secret?: Uint8Array;
+  /** Kernel offloads to do without: on a host whose kernel or device promises one and breaks it. */
+  readonly without?: readonly Offload[] | undefined;
   /** After a packet the loop asks again for this long before it sleeps (0: sleeps at once). Default: limits.ts. */
   readonly spinUs?: number;
   /** File that outlives a killed agent and brings its flows back; absent: flows live in memory only. */

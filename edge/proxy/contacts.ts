@@ -15,9 +15,9 @@ export class Contacts {
   readonly #max: number;
   #next = 0;
 
-  constructor(max: number) {
+  constructor(max: number, seed: number) {
     this.#max = max;
-    this.#index = new TupleIndex(max);
+    this.#index = new TupleIndex(max, seed);
     this.#keys = new Int32Array(max * 4);
     this.#usedMs = new Float64Array(max).fill(Number.NEGATIVE_INFINITY);
     this.#dialled = new Uint8Array(max);

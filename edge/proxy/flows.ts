@@ -1,11 +1,12 @@
-// The flow table: which instance each flow was given, found from either side. Bounded; the least recently used flow
-// goes first. Expiry is a question asked with the time, never a timer. It refuses to look at packets.
+// The flow table: which instance each flow was given, found from either side. Bounded: when it is full the instance that
+// has most gives one up, first what has ended, then what was never answered, then what was used least recently. Expiry
+// is a question asked with the time, never a timer. It refuses to look at packets.
 //
 // A flow has two faces:
 //   dialled:  (protocol, namespace IP, port,      dialled address, remote port)   what the app says
 //   wire:     (protocol, namespace IP, wire port, InstanceIP,      remote port)   what comes back
 // Both enter and leave together. They differ in the port only where two flows would look alike on the wire.
-import { LRUCache } from 'lru-cache';
+import { assert } from '../../src/assert.ts';
 import {
   FLOW_TOUCH_MS,
   ICMP_IDLE_MS,
@@ -47,7 +48,12 @@ export class Flow {
   clientNext = 0;
   usedMs: number;
   touchedMs: number;
+  /** Place in the table, -1 outside of it. */
   slot = -1;
+  /** Neighbours in its list of the table, and whose list that is. */
+  before: Flow | undefined;
+  after: Flow | undefined;
+  owner: Owner | undefined;
 
   constructor(
     protocol: number,
@@ -81,14 +87,67 @@ export interface FlowRecord {
   readonly local: number;
   readonly dialled: number;
   readonly instanceIp: number;
-  /** Seconds since it was written: since it was made or last changed its state. */
+  /** Seconds since it was last used, to FLOW_AGE_S. */
   readonly ageS: number;
 }
 
-/** Is told of every flow that comes, changes its state, or goes. */
+/** Is told of every flow that comes, changes its state, goes on being used, or goes. */
 export interface FlowWatcher {
   put(flow: Flow): void;
+  use(flow: Flow): void;
   drop(slot: number): void;
+}
+
+/** What an instance's flows are to eviction; a list each, the least recently used first. */
+const CLASS = { ended: 0, opening: 1, live: 2 } as const;
+const CLASSES = 3;
+
+function classOf(state: FlowState): number {
+  if (state >= FLOW_STATE.closed) return CLASS.ended;
+  return state === FLOW_STATE.opening ? CLASS.opening : CLASS.live;
+}
+
+/** An instance here that has flows. */
+class Owner {
+  readonly local: number;
+  flows = 0;
+  ended = 0;
+  readonly first = new Array<Flow | undefined>(CLASSES).fill(undefined);
+  readonly last = new Array<Flow | undefined>(CLASSES).fill(undefined);
+
+  constructor(local: number) {
+    this.local = local;
+  }
+
+  /** The flow that it gives up first. */
+  get victim(): Flow | undefined {
+    return this.first[CLASS.ended] ?? this.first[CLASS.opening] ?? this.first[CLASS.live];
+  }
+
+  push(flow: Flow): void {
+    const kind = classOf(flow.state);
+    const last = this.last[kind];
+    flow.owner = this;
+    flow.before = last;
+    flow.after = undefined;
+    if (last === undefined) this.first[kind] = flow;
+    else last.after = flow;
+    this.last[kind] = flow;
+    this.flows++;
+    if (kind === CLASS.ended) this.ended++;
+  }
+
+  /** Before the flow's state changes: its list follows from it. */
+  pull(flow: Flow): void {
+    const kind = classOf(flow.state);
+    const { before, after } = flow;
+    if (before === undefined) this.first[kind] = after;
+    else before.after = after;
+    if (after === undefined) this.last[kind] = before;
+    else after.before = before;
+    this.flows--;
+    if (kind === CLASS.ended) this.ended--;
+  }
 }
 
 /** Milliseconds of silence after which a flow in that state has ended. */
@@ -113,25 +172,30 @@ export function isStale(flow: Flow, now: number): boolean {
   return now - flow.usedMs > idleLimit(flow.protocol, flow.state);
 }
 
-/** Open addressing over five-tuples, value = slot. Deletion shifts back, so there are no tombstones. */
+/**
+ * Open addressing over five-tuples, value = slot. Deletion shifts back, so there are no tombstones. The seed keeps those
+ * who choose ports from choosing collisions.
+ */
 export class TupleIndex {
   readonly #mask: number;
+  readonly #seed: number;
   /** Four words of key and one of slot + 1, 0 when empty: memory that was never used is never touched. */
   readonly #cells: Int32Array;
 
-  constructor(max: number) {
+  constructor(max: number, seed: number) {
     let capacity = 16;
     while (capacity < max * 2) capacity *= 2;
     this.#mask = capacity - 1;
+    this.#seed = seed | 0;
     this.#cells = new Int32Array(capacity * 5);
   }
 
   #home(local: number, remote: number, ports: number, protocol: number): number {
-    let hash =
-      Math.imul(local ^ protocol, 0x9e3779b1) ^ Math.imul(remote, 0x85ebca6b) ^ Math.imul(ports, 0xc2b2ae35);
-    hash ^= hash >>> 15;
-    hash = Math.imul(hash, 0x27d4eb2f);
-    hash ^= hash >>> 13;
+    // Each word is mixed into what the seed has made of those before it (the rounds of MurmurHash3).
+    let hash = Math.imul(this.#seed ^ ports, 0xcc9e2d51);
+    hash = Math.imul(hash ^ (hash >>> 15) ^ remote, 0x85ebca6b);
+    hash = Math.imul(hash ^ (hash >>> 13) ^ local ^ protocol, 0xc2b2ae35);
+    hash ^= hash >>> 16;
     return hash & this.#mask;
   }
 
@@ -202,22 +266,15 @@ export class FlowTable {
   readonly #wire: TupleIndex;
   readonly #slots: (Flow | undefined)[] = [];
   readonly #free: number[] = [];
-  readonly #recent: LRUCache<number, Flow>;
+  /** By namespace IP; at most as many as instances here. */
+  readonly #owners = new Map<number, Owner>();
   #swept = 0;
   #size = 0;
 
-  constructor(max: number) {
+  constructor(max: number, seed = 0) {
     this.max = max;
-    this.#dialled = new TupleIndex(max + 1);
-    this.#wire = new TupleIndex(max + 1);
-    this.#recent = new LRUCache<number, Flow>({
-      max,
-      dispose: (flow, _slot, reason) => {
-        if (reason !== 'evict') return;
-        this.evicted++;
-        this.#drop(flow);
-      },
-    });
+    this.#dialled = new TupleIndex(max + 1, seed);
+    this.#wire = new TupleIndex(max + 1, ~seed);
   }
 
   get size(): number {
@@ -248,6 +305,13 @@ export class FlowTable {
 
   /** Both faces must be free. */
   add(flow: Flow): void {
+    assert(
+      this.byDialled(flow.protocol, flow.local, flow.port, flow.dialled, flow.remotePort) === undefined &&
+        this.byWire(flow.protocol, flow.local, flow.wirePort, flow.instance.instanceIp, flow.remotePort) ===
+          undefined,
+      'one flow per face',
+    );
+    if (this.#size >= this.max) this.#evict();
     const slot = this.#free.pop() ?? this.#slots.length;
     flow.slot = slot;
     this.#slots[slot] = flow;
@@ -255,21 +319,28 @@ export class FlowTable {
     this.#dialled.add(local, flow.dialled, pair(flow.port, remotePort), protocol, slot);
     this.#wire.add(local, flow.instance.instanceIp, pair(flow.wirePort, remotePort), protocol, slot);
     flow.instance.flows++;
+    if (flow.dialled === flow.instance.instanceIp) flow.instance.dialled++;
     this.#size++;
-    this.#recent.set(slot, flow);
+    let owner = this.#owners.get(local);
+    if (owner === undefined) {
+      owner = new Owner(local);
+      this.#owners.set(local, owner);
+    }
+    owner.push(flow);
     this.watcher?.put(flow);
   }
 
   setState(flow: Flow, state: FlowState): void {
     if (flow.state === state) return;
+    const { owner } = flow;
+    owner?.pull(flow);
     flow.state = state;
+    owner?.push(flow);
     if (flow.slot >= 0) this.watcher?.put(flow);
   }
 
   remove(flow: Flow): void {
-    if (flow.slot < 0) return;
-    this.#recent.delete(flow.slot);
-    this.#drop(flow);
+    if (flow.slot >= 0) this.#drop(flow);
   }
 
   /** Marks the flow as used; its place in the eviction order follows at a coarser grain. */
@@ -277,7 +348,11 @@ export class FlowTable {
     flow.usedMs = now;
     if (now - flow.touchedMs < FLOW_TOUCH_MS) return;
     flow.touchedMs = now;
-    this.#recent.get(flow.slot);
+    const { owner } = flow;
+    if (owner === undefined) return;
+    owner.pull(flow);
+    owner.push(flow);
+    this.watcher?.use(flow);
   }
 
   /** Removes stale flows among the next `count` slots, and marks the peers of the others; returns how many went. */
@@ -304,11 +379,32 @@ export class FlowTable {
     for (const flow of this.#slots) if (flow !== undefined) yield flow;
   }
 
+  /** Room for one: of the instance that has most among those with ended flows, else of the one that has most. */
+  #evict(): void {
+    let ended: Owner | undefined;
+    let most: Owner | undefined;
+    for (const owner of this.#owners.values()) {
+      if (owner.ended > 0 && owner.flows > (ended?.flows ?? 0)) ended = owner;
+      if (owner.flows > (most?.flows ?? 0)) most = owner;
+    }
+    const victim = (ended ?? most)?.victim;
+    if (victim === undefined) return;
+    this.evicted++;
+    this.#drop(victim);
+  }
+
   #drop(flow: Flow): void {
     const { slot, local, protocol, remotePort } = flow;
     this.#dialled.remove(local, flow.dialled, pair(flow.port, remotePort), protocol);
     this.#wire.remove(local, flow.instance.instanceIp, pair(flow.wirePort, remotePort), protocol);
     flow.instance.flows--;
+    if (flow.dialled === flow.instance.instanceIp) flow.instance.dialled--;
+    const owner = flow.owner!;
+    owner.pull(flow);
+    flow.owner = undefined;
+    flow.before = undefined;
+    flow.after = undefined;
+    if (owner.flows === 0) this.#owners.delete(owner.local);
     this.watcher?.drop(slot);
     flow.slot = -1;
     this.#slots[slot] = undefined;

@@ -20,9 +20,13 @@ export interface Track {
 }
 
 export class Tracks {
-  readonly #index = new TupleIndex(FRAGMENT_TRACKS_MAX);
+  readonly #index: TupleIndex;
   readonly #ring: Track[] = [];
   #next = 0;
+
+  constructor(seed: number) {
+    this.#index = new TupleIndex(FRAGMENT_TRACKS_MAX, seed);
+  }
 
   find(source: number, target: number, id: number, protocol: number, now: number): Track | undefined {
     const slot = this.#index.find(source, target, id, protocol);

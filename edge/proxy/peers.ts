@@ -1,24 +1,28 @@
-// Where the other nodes are: what the keyspace says, and what authentic packets have shown since. It refuses to send.
+// Where the other nodes are: what the keyspace says, and what control frames have proved since. It refuses to send.
 //
-// A node is named by its subnet. Its address as last seen in an authentic packet wins over the keyspace, because a
-// NAT in between may have changed both address and port; it is forgotten when nothing authentic came for a while.
+// A node is named by its subnet. The endpoint that it proved last wins over the keyspace, because a NAT in between may
+// have changed both address and port; it is forgotten when nothing came from there for a while. A data packet proves
+// nothing: whoever shares a node's address, an unprivileged process of it among them, can send one.
 import { PEER_HELLO_FIRST_MS, PEER_KEEPALIVE_MS, PEER_LEARNED_MS } from '../../src/limits.ts';
 
 export class Peer {
   readonly subnet: number;
-  /** As the keyspace has it. */
+  /** As the keyspace has it; port 0 while no route has named it. */
   ip: number;
   port: number;
-  /** As last seen, 0 when nothing was. */
+  /** As last proved, port 0 when nothing was. */
   seenIp = 0;
   seenPort = 0;
   seenMs = Number.NEGATIVE_INFINITY;
-  /** When it was last heard and sent to, milliseconds. */
+  /** When it was last proved and sent to, milliseconds. */
   heardMs = Number.NEGATIVE_INFINITY;
   sentMs = Number.NEGATIVE_INFINITY;
   /** When it was last greeted, and how long until the next time. */
   helloMs = Number.NEGATIVE_INFINITY;
   helloPauseMs = 0;
+  /** Token of the latest greeting: its answer is fresh whatever its stamp. -1: answered. */
+  helloToken = -1;
+  challengedMs = Number.NEGATIVE_INFINITY;
   /** Stamp of its latest control frame: an older one is a replay. */
   stampUs = 0;
   /** Largest inner packet that reaches it, bytes. */
@@ -26,8 +30,11 @@ export class Peer {
   mtuMs = 0;
   /** When the sweep last found a flow to it that has not ended. */
   flowMs = Number.NEGATIVE_INFINITY;
-  /** Routes that name it. */
+  /** False where the way to it takes no joined datagrams: its device refused UDP_SEGMENT. */
+  joined = true;
+  /** Routes that name it, and since when none does. */
   routes = 0;
+  spareMs = Number.NEGATIVE_INFINITY;
   /** Run of a batch that still takes packets for it, -1 for none; belongs to the sender of the packet loop. */
   run = -1;
 
@@ -38,7 +45,18 @@ export class Peer {
     this.mtu = mtu;
   }
 
-  /** Where to send. */
+  /** The keyspace names it there; where it was seen before says nothing about a record that has moved. */
+  place(ip: number, port: number): void {
+    if (this.port !== 0 && (this.ip !== ip || this.port !== port)) {
+      this.seenPort = 0;
+      this.seenMs = Number.NEGATIVE_INFINITY;
+      this.helloPauseMs = 0;
+    }
+    this.ip = ip;
+    this.port = port;
+  }
+
+  /** Where to send; port 0 when nothing is known. */
   targetIp(now: number): number {
     return now - this.seenMs < PEER_LEARNED_MS ? this.seenIp : this.ip;
   }
@@ -46,19 +64,13 @@ export class Peer {
     return now - this.seenMs < PEER_LEARNED_MS ? this.seenPort : this.port;
   }
 
-  /**
-   * True when a data packet from that endpoint may be this node's: it is where an authentic packet last came from, or
-   * the address that the keyspace has (then its port is learned too).
-   */
+  /** True when a data packet from that endpoint may be this node's: one that it proved, or the keyspace's. */
   accepts(ip: number, port: number, now: number): boolean {
-    if (ip === this.seenIp && port === this.seenPort && now - this.seenMs < PEER_LEARNED_MS) {
+    if (port === this.seenPort && ip === this.seenIp && now - this.seenMs < PEER_LEARNED_MS) {
       this.seenMs = now;
-      this.heardMs = now;
       return true;
     }
-    if (ip !== this.ip) return false;
-    this.learn(ip, port, now);
-    return true;
+    return ip === this.ip && port === this.port;
   }
 
   /**
@@ -75,7 +87,7 @@ export class Peer {
     return true;
   }
 
-  /** An authentic packet came from there. True when that is news. */
+  /** A control frame from there was proved. True when that is news. */
   learn(ip: number, port: number, now: number): boolean {
     const news = this.seenIp !== ip || this.seenPort !== port;
     this.seenIp = ip;

@@ -9,12 +9,15 @@
 import { type Ipv4, ipv4 } from '../../src/addr.ts';
 import {
   CHOICES_PER_REPORT_MAX,
+  FLOW_AGE_S,
   MISS_REPORT_MS,
   MISSES_MAX,
+  MISSES_PER_TICK_MAX,
   PATH_MTU_MS,
   STRAGGLER_MS,
   STRAGGLERS_MAX,
 } from '../../src/limits.ts';
+import type { ServiceId } from '../../src/name.ts';
 import { Rng } from '../../src/rng.ts';
 import type { Bytes } from '../../src/wire/bytes.ts';
 import { adjust, difference, sum32 } from '../../src/wire/checksum.ts';
@@ -62,6 +65,8 @@ export class ProxyTun {
   readonly counters: Float64Array;
   /** Where the last VERDICT.tunnel goes. */
   peer: Peer | undefined;
+  /** Whom the last packet that arrived spoke for, from an endpoint that this node has not proved. */
+  doubted: Peer | undefined;
   /** Addresses missed since they were last taken. */
   readonly misses: Ipv4[] = [];
   readonly choices: Choice[] = [];
@@ -71,15 +76,15 @@ export class ProxyTun {
   readonly #bridge: number;
   readonly #contacts: Contacts;
   /** Flows that were ended, on the wire: their stragglers are dropped. */
-  readonly #ended = new Contacts(STRAGGLERS_MAX);
+  readonly #ended: Contacts;
   #lastEndedMs = Number.NEGATIVE_INFINITY;
-  readonly #tracks = new Tracks();
+  readonly #tracks: Tracks;
   readonly #rng: Rng;
+  /** Flows of an earlier life: by InstanceIP, and the tuples that were dialled. */
   readonly #remembered = new Map<number, FlowRecord[]>();
+  readonly #rememberedTuples = new Set<string>();
   readonly #missedMs = new Map<number, number>();
   readonly #to: Rewrite = { source: 0, target: 0, sourcePort: 0, targetPort: 0, ttl: 0 };
-  /** Flows whose dialled address is an InstanceIP: rare, and when there are none nobody looks for them. */
-  #instanceFlows = 0;
   // The packet at hand, as #parse found it.
   #at = 0;
   #total = 0;
@@ -96,9 +101,11 @@ export class ProxyTun {
     this.#config = config;
     this.#bridge = config.subnetBase + 1;
     this.routes = new Routes(config);
-    this.flows = new FlowTable(config.flowsMax);
-    this.#contacts = new Contacts(Math.max(1024, config.flowsMax >> 2));
     this.#rng = new Rng(config.seed, 7);
+    this.flows = new FlowTable(config.flowsMax, this.#rng.u32());
+    this.#contacts = new Contacts(Math.max(1024, config.flowsMax >> 2), this.#rng.u32());
+    this.#ended = new Contacts(STRAGGLERS_MAX, this.#rng.u32());
+    this.#tracks = new Tracks(this.#rng.u32());
     this.counters = memory.counters ?? new Float64Array(COUNTER_COUNT);
     this.answers = new Answers(memory.answers);
     this.hold = new Hold(memory.hold);
@@ -144,7 +151,8 @@ export class ProxyTun {
     }
     let instance = target.instance;
     let wirePort = this.#sourcePort;
-    if (instance === undefined || this.#instanceFlows > 0) {
+    let known = false;
+    if (instance === undefined || instance.dialled > 0) {
       const found = this.flows.byDialled(
         this.#protocol,
         this.#source,
@@ -172,10 +180,11 @@ export class ProxyTun {
         this.flows.use(flow, now);
         instance = flow.instance;
         wirePort = flow.wirePort;
+        known = true;
       }
     }
     if (instance === undefined) return this.#drop(DROP.no_instance);
-    if (target.instance !== undefined && wirePort === this.#sourcePort) {
+    if (!known) {
       const changed = this.#byInstanceIp(bytes, offset, local, target, instance, now);
       if (changed < 0) return this.#drop(-changed);
       wirePort = changed;
@@ -228,7 +237,10 @@ export class ProxyTun {
       return this.#drop(DROP.unknown_sender);
     }
     const peer = sender.peer;
-    if (peer === undefined || !peer.accepts(outerIp, outerPort, now)) return this.#drop(DROP.spoofed_sender);
+    if (peer === undefined || !peer.accepts(outerIp, outerPort, now)) {
+      this.doubted = peer;
+      return this.#drop(DROP.spoofed_sender);
+    }
     const receiver = this.routes.local(this.#target);
     if (receiver === undefined) return this.#drop(DROP.unknown_receiver);
     if (this.#kind === TRANSPORT.none)
@@ -244,7 +256,12 @@ export class ProxyTun {
     to.ttl = 0;
     if (!this.#deliver(bytes, receiver, this.#source, now)) return this.#drop(DROP.flow_reset);
     if ((this.#fragment & FLAG_MF) !== 0) this.#note(bytes, offset, undefined, now);
-    if (to.source !== this.#source || to.targetPort !== this.#targetPort)
+    // The identifier of an echo is its source port.
+    if (
+      to.source !== this.#source ||
+      to.targetPort !== this.#targetPort ||
+      to.sourcePort !== this.#sourcePort
+    )
       rewrite(bytes, offset, this.#at, this.#kind, to);
     return VERDICT.tun;
   }
@@ -294,6 +311,8 @@ export class ProxyTun {
   #open(bytes: Bytes, offset: number, local: LocalEntry, target: Target, now: number): Flow | number {
     const protocol = this.#protocol;
     if (protocol === PROTOCOL.tcp && (this.#flags & (TCP_SYN | TCP_ACK | TCP_RST)) !== TCP_SYN) {
+      // A flow of an earlier life may come back with its route: the client will repeat itself.
+      if (this.#remembers(local, target)) return DROP.no_flow;
       if (this.answers.refuse(bytes, offset)) this.counters[COUNT.resets_made]!++;
       return DROP.no_flow;
     }
@@ -325,7 +344,6 @@ export class ProxyTun {
       instance,
       now,
     );
-    if (target.policy === undefined) this.#instanceFlows++;
     const evicted = this.flows.evicted;
     this.flows.add(flow);
     this.counters[COUNT.flows_made]!++;
@@ -407,14 +425,18 @@ export class ProxyTun {
       this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.prohibited, 0, now);
       return -DROP.not_needed;
     }
-    const other = this.flows.byWire(
-      protocol,
-      local.namespaceIp,
-      this.#sourcePort,
-      instance.instanceIp,
-      this.#targetPort,
-    );
-    if (other === undefined) {
+    // A connection needs a flow, so that it can be reset when its instance goes. The rest needs one only where it would
+    // look like another flow on the wire.
+    if (
+      protocol !== PROTOCOL.tcp &&
+      this.flows.byWire(
+        protocol,
+        local.namespaceIp,
+        this.#sourcePort,
+        instance.instanceIp,
+        this.#targetPort,
+      ) === undefined
+    ) {
       this.#contacts.note(
         protocol,
         local.namespaceIp,
@@ -480,7 +502,6 @@ export class ProxyTun {
 
   #removeFlow(flow: Flow): void {
     if (flow.slot < 0) return;
-    if (flow.dialled === flow.instance.instanceIp && this.#instanceFlows > 0) this.#instanceFlows--;
     this.flows.remove(flow);
     this.counters[COUNT.flows] = this.flows.size;
   }
@@ -592,7 +613,8 @@ export class ProxyTun {
     const { view, u8 } = bytes;
     if (view.getUint32(quote + IPV4.source) !== receiver.instanceIp) return this.#drop(DROP.bad_quote);
     const about = this.routes.instanceAt(view.getUint32(quote + IPV4.target));
-    if (about === undefined) return this.#drop(DROP.bad_quote);
+    // Nobody speaks about packets to somebody else: no router lies between two instances.
+    if (about !== sender) return this.#drop(DROP.bad_quote);
     const flow = this.flows.byWire(
       u8[quote + IPV4.protocol]!,
       receiver.namespaceIp,
@@ -762,7 +784,8 @@ export class ProxyTun {
     now: number,
   ): void {
     const last = this.#missedMs.get(address);
-    if (last === undefined || now - last >= MISS_REPORT_MS) {
+    const most = leaving ? MISSES_PER_TICK_MAX : MISSES_PER_TICK_MAX / 2;
+    if (this.misses.length < most && (last === undefined || now - last >= MISS_REPORT_MS)) {
       if (last === undefined && this.#missedMs.size >= MISSES_MAX) {
         const oldest = this.#missedMs.keys().next().value;
         if (oldest !== undefined) this.#missedMs.delete(oldest);
@@ -824,7 +847,7 @@ export class ProxyTun {
         if (!this.routes.putLocal(command)) return;
         const is = this.routes.local(command.namespaceIp)!;
         if (was !== undefined && was.instanceIp !== is.instanceIp) this.#forgetLocal(command.namespaceIp);
-        else if (is.needs !== undefined) {
+        else if (is.needs !== undefined && !within(was?.needs, is.needs)) {
           const needs = is.needs;
           this.#contacts.forget(command.namespaceIp);
           this.#endFlows(
@@ -849,7 +872,10 @@ export class ProxyTun {
     for (const record of records) {
       if (record.state >= FLOW_STATE.closed) continue;
       const idle = idleLimit(record.protocol, record.state);
-      if (record.ageS * 1000 > idle) continue;
+      if ((record.ageS - FLOW_AGE_S) * 1000 > idle) continue;
+      this.#rememberedTuples.add(
+        tupleKey(record.protocol, record.local, record.port, record.dialled, record.remotePort),
+      );
       const list = this.#remembered.get(record.instanceIp);
       if (list === undefined) this.#remembered.set(record.instanceIp, [record]);
       else list.push(record);
@@ -858,6 +884,16 @@ export class ProxyTun {
 
   forgetRemembered(): void {
     this.#remembered.clear();
+    this.#rememberedTuples.clear();
+  }
+
+  #remembers(local: LocalEntry, target: Target): boolean {
+    return (
+      this.#rememberedTuples.size > 0 &&
+      this.#rememberedTuples.has(
+        tupleKey(this.#protocol, local.namespaceIp, this.#sourcePort, target.address, this.#targetPort),
+      )
+    );
   }
 
   #restore(instanceIp: number, now: number): void {
@@ -871,7 +907,6 @@ export class ProxyTun {
       if (this.flows.byWire(protocol, local, wirePort, instanceIp, remotePort) !== undefined) continue;
       const flow = new Flow(protocol, local, port, dialled, remotePort, wirePort, instance, now);
       flow.state = state;
-      if (dialled === instanceIp) this.#instanceFlows++;
       this.flows.add(flow);
       this.counters[COUNT.flows_restored]!++;
     }
@@ -882,6 +917,7 @@ export class ProxyTun {
   tick(sweep: number, now: number): void {
     this.counters[COUNT.flows_expired]! += this.flows.sweep(sweep, now);
     this.counters[COUNT.flows] = this.flows.size;
+    this.routes.prunePeers(now);
     const { fragments } = this.hold.expire(now);
     this.counters[DROP.fragment_orphan]! += fragments;
     for (const [address, last] of this.#missedMs) {
@@ -975,4 +1011,22 @@ export class ProxyTun {
     this.counters[counter]!++;
     return VERDICT.drop;
   }
+}
+
+/** Of a dialled tuple; text, because it is asked for only in the minute after a restart. */
+function tupleKey(
+  protocol: number,
+  local: number,
+  port: number,
+  dialled: number,
+  remotePort: number,
+): string {
+  return `${protocol} ${local}:${port} ${dialled}:${remotePort}`;
+}
+
+/** True when whoever had these needs loses nothing by having those; undefined is any. */
+function within(was: ReadonlySet<ServiceId> | undefined, is: ReadonlySet<ServiceId>): boolean {
+  if (was === undefined) return false;
+  for (const service of was) if (!is.has(service)) return false;
+  return true;
 }

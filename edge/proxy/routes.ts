@@ -2,6 +2,7 @@
 // instances, instances to peers, local instances to their rights. It refuses to see packets and flows.
 import type { Ipv4 } from '../../src/addr.ts';
 import { Turns } from '../../src/choose.ts';
+import { PEER_KEPT_MS, PEERS_SPARE_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { POLICIES, type Policy } from '../../src/policy.ts';
 import { Rng } from '../../src/rng.ts';
@@ -19,8 +20,9 @@ export interface InstanceEntry {
   peer: Peer | undefined;
   /** False once no route names it. */
   live: boolean;
-  /** Flows that chose it. */
+  /** Flows that chose it, and how many of them dialled its InstanceIP: where there are none nobody looks for them. */
   flows: number;
+  dialled: number;
 }
 
 export interface ServiceEntry {
@@ -63,7 +65,9 @@ export class Routes {
   readonly #targets = new Map<number, Target>();
   readonly #byNamespaceIp = new Map<number, InstanceEntry>();
   readonly #locals: (LocalEntry | undefined)[];
+  /** By subnet: those that a route names, and spare ones. */
   readonly peers = new Map<number, Peer>();
+  #spare = 0;
   readonly #seed: number;
   #streams = 0;
 
@@ -97,8 +101,30 @@ export class Routes {
     const offset = address - this.#subnetBase;
     return offset >= 0 && offset < this.#locals.length ? this.#locals[offset] : undefined;
   }
-  peerOf(subnet: number): Peer | undefined {
-    return this.peers.get(subnet);
+  /**
+   * The node that proved itself: one that a route names, or a spare one that a route may name soon (it greets us
+   * because it has a route to us). Undefined when there are too many of those.
+   */
+  meet(subnet: number, now: number): Peer | undefined {
+    let peer = this.peers.get(subnet);
+    if (peer !== undefined || this.#spare >= PEERS_SPARE_MAX) return peer;
+    peer = new Peer(subnet, 0, 0, this.#mtu);
+    peer.spareMs = now;
+    this.peers.set(subnet, peer);
+    this.#spare++;
+    return peer;
+  }
+
+  /** Lets go of spare peers that were silent for long. */
+  prunePeers(now: number): void {
+    if (this.#spare === 0) return;
+    for (const peer of this.peers.values()) {
+      if (peer.routes > 0) continue;
+      if (peer.spareMs === Number.NEGATIVE_INFINITY) peer.spareMs = now;
+      if (now - Math.max(peer.spareMs, peer.heardMs) < PEER_KEPT_MS) continue;
+      this.peers.delete(peer.subnet);
+      this.#spare--;
+    }
   }
 
   /** Takes a service as it now is; returns instances that are gone. */
@@ -181,11 +207,15 @@ export class Routes {
       peer: undefined,
       live: true,
       flows: 0,
+      dialled: 0,
     };
-    this.#release(entry);
+    const peer = route.local ? undefined : this.#peer(route);
+    if (entry.peer !== peer) {
+      this.#release(entry);
+      if (peer !== undefined) this.#hold(peer);
+    }
     entry.local = route.local;
-    entry.peer = route.local ? undefined : this.#peer(route);
-    if (entry.peer !== undefined) entry.peer.routes++;
+    entry.peer = peer;
     this.#targets.set(route.instanceIp - this.#base, {
       address: route.instanceIp,
       service,
@@ -202,17 +232,23 @@ export class Routes {
     if (peer === undefined) {
       peer = new Peer(subnet, route.nodeIp, route.ewp, this.#mtu);
       this.peers.set(subnet, peer);
+      this.#spare++;
     }
-    peer.ip = route.nodeIp;
-    peer.port = route.ewp;
+    peer.place(route.nodeIp, route.ewp);
     return peer;
+  }
+
+  #hold(peer: Peer): void {
+    if (peer.routes++ > 0) return;
+    this.#spare--;
+    peer.spareMs = Number.NEGATIVE_INFINITY;
   }
 
   #release(entry: InstanceEntry): void {
     const peer = entry.peer;
     if (peer === undefined) return;
     entry.peer = undefined;
-    if (--peer.routes === 0) this.peers.delete(peer.subnet);
+    if (--peer.routes === 0) this.#spare++;
   }
 
   #forget(entry: InstanceEntry): void {

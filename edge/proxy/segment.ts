@@ -13,10 +13,10 @@ import { UDP } from '../../src/wire/udp.ts';
 export const HEADER_SLOT = 128;
 /** A 65,535-byte packet in the smallest segments that we take: 65,495 / 64. */
 export const CUT_MAX = 1024;
-/** Header slots that may wait for one flush; a power of two so that slots never straddle the end. */
-export const HEADER_SLOTS = 2048;
+/** Header slots that may be in use at once: two packets of the smallest segments. */
+export const HEADER_SLOTS = 2 * CUT_MAX;
 
-/** Cuts one super-packet. The result stays valid until the ring of header slots has come round. */
+/** Cuts super-packets. Their headers stay where they are until `release`. */
 export class Cutter {
   readonly headers: Bytes;
   /** Segments of the last cut. */
@@ -27,7 +27,8 @@ export class Cutter {
   readonly bodyAt = new Int32Array(CUT_MAX);
   readonly bodyLength = new Int32Array(CUT_MAX);
   readonly #vni: number;
-  #slot = 0;
+  /** Slots in use. */
+  #used = 0;
 
   constructor(vni: number, headers: Bytes = newBytes(HEADER_SLOTS * HEADER_SLOT)) {
     this.#vni = vni;
@@ -38,10 +39,27 @@ export class Cutter {
     return HEADER_SLOTS * HEADER_SLOT;
   }
 
+  /** Header slots that are left. */
+  get room(): number {
+    return HEADER_SLOTS - this.#used;
+  }
+
+  /** What was cut so far is not needed any more. */
+  release(): void {
+    this.#used = 0;
+  }
+
+  /** Segments that a cut would make, 0 when the packet cannot be cut so. */
+  segments(bytes: Bytes, offset: number, size: number): number {
+    const payload = bytes.view.getUint16(offset + IPV4.total) - headersOf(bytes, offset);
+    const count = Math.ceil(payload / size);
+    return size > 0 && payload > 0 && count <= CUT_MAX ? count : 0;
+  }
+
   /**
    * Cuts the TCP or UDP packet at `offset` into segments of `size` payload bytes. Header checksums and transport
    * checksums of all segments are right afterwards, whatever the packet's own held. False when it is no packet that can
-   * be cut so.
+   * be cut so, or there is no room.
    */
   cut(bytes: Bytes, offset: number, size: number): boolean {
     const { view, u8 } = bytes;
@@ -53,9 +71,8 @@ export class Cutter {
     const transport = tcp ? tcpHeaderLength(bytes, offset + ip) : UDP.size;
     const header = ip + transport;
     const payload = total - header;
-    if (size <= 0 || payload <= 0) return false;
-    const count = Math.ceil(payload / size);
-    if (count > CUT_MAX) return false;
+    const count = this.segments(bytes, offset, size);
+    if (count === 0 || count > this.room) return false;
 
     const out = this.headers;
     const source = view.getUint32(offset + IPV4.source);
@@ -127,15 +144,21 @@ export class Cutter {
   }
 
   #take(): number {
-    const slot = this.#slot;
-    this.#slot = (slot + 1) % HEADER_SLOTS;
-    return slot * HEADER_SLOT;
+    return this.#used++ * HEADER_SLOT;
   }
+}
+
+/** Bytes of both headers; those of a packet that is neither TCP nor UDP are counted as UDP's. */
+function headersOf(bytes: Bytes, offset: number): number {
+  const ip = headerLength(bytes, offset);
+  const tcp = bytes.u8[offset + IPV4.protocol] === PROTOCOL.tcp;
+  return ip + (tcp ? tcpHeaderLength(bytes, offset + ip) : UDP.size);
 }
 
 /** Joins packets that lie in one buffer, in the order in which they came. */
 export class Joiner {
-  /** False where the TUN device takes no joined datagrams (before Linux 6.2). */
+  /** False where the TUN device takes no joined segments, or no joined datagrams (before Linux 6.2). */
+  tcp = true;
   udp = true;
   /** Packets taken so far; 0 when nothing is open. */
   count = 0;
@@ -167,7 +190,7 @@ export class Joiner {
     if (ip !== IPV4.size || (view.getUint16(offset + IPV4.fragment) & ~FLAG_DF) !== 0) return;
     const at = offset + ip;
     const rest = total - ip;
-    if (protocol === PROTOCOL.tcp) {
+    if (protocol === PROTOCOL.tcp && this.tcp) {
       if (rest < TCP.size) return;
       const header = tcpHeaderLength(bytes, at);
       if (header < TCP.size || header >= rest) return;

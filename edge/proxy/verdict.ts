@@ -28,14 +28,19 @@ export const DROP_REASONS = {
   wrong_vni: 'from the tunnel, of another virtual network',
   unknown_protocol: 'from the tunnel, a next-protocol value that is not ours',
   bad_control: 'a control frame of wrong length, kind or proof',
+  misdirected_control:
+    'a control frame that was meant for another node: somebody repeats what was said elsewhere',
+  old_control:
+    "a control frame older than its sender's last: repeated, overtaken, or of a clock that was set back",
   unknown_receiver: 'from the tunnel to an address that is no instance on this node',
   unknown_sender: 'from the tunnel, its source is no InstanceIP that a route knows (reported as a miss)',
-  spoofed_sender: 'from the tunnel, its source is an InstanceIP that lives on another node than it came from',
+  spoofed_sender:
+    'from the tunnel, its source is an InstanceIP whose node has not proved that it sends from there',
   send_unreachable: 'the host has no route to the node',
-  send_refused: 'the node answered that nothing listens on its tunnel port',
   send_full: 'the socket buffer stayed full',
   send_failed: 'the host refused to send for another reason',
   tun_full: 'the TUN device did not take it',
+  unread: 'the host had it and could not give it',
 } as const;
 export type DropReason = keyof typeof DROP_REASONS;
 

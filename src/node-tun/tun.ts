@@ -1,5 +1,6 @@
 // Opens a TUN device and sets its MTU, queue and state; opens the tunnel's UDP socket. It gives no address and makes
 // no route: the host plan does.
+import { release } from 'node:os';
 import {
   AF_INET,
   ERRNO,
@@ -50,6 +51,8 @@ export interface TunOptions {
   readonly mtu: number;
   /** Packets that wait in the kernel for us. */
   readonly queue: number;
+  /** Offloads that are not asked for. */
+  readonly without?: readonly string[] | undefined;
 }
 
 export interface Tun {
@@ -97,22 +100,19 @@ export function openTun(sys: System, options: TunOptions): Tun {
     view.setUint16(IFREQ_UNION, IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, true);
     check(`create TUN device ${name}`, sys.ioctl(fd, TUNSETIFF, scratch.pointer));
     const refused: string[] = [];
+    // From most to least: a kernel refuses a set as a whole.
+    const grant = (what: string, name: string, flags: number): boolean => {
+      if (options.without?.includes(name)) return false;
+      if (sys.ioctlValue(fd, TUNSETOFFLOAD, flags) >= 0) return true;
+      refused.push(what);
+      return false;
+    };
     const base = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6;
-    let uso = true;
-    let tso = true;
-    let checksum = true;
-    if (sys.ioctlValue(fd, TUNSETOFFLOAD, base | TUN_F_USO4 | TUN_F_USO6) < 0) {
-      uso = false;
-      refused.push('USO (UDP segmentation on the TUN, Linux 6.2)');
-      if (sys.ioctlValue(fd, TUNSETOFFLOAD, base) < 0) {
-        tso = false;
-        refused.push('TSO (TCP segmentation on the TUN)');
-        if (sys.ioctlValue(fd, TUNSETOFFLOAD, TUN_F_CSUM) < 0) {
-          checksum = false;
-          refused.push('checksum offload on the TUN');
-        }
-      }
-    }
+    const wanted = !options.without?.includes('tso');
+    const uso =
+      wanted && grant('USO (UDP segmentation on the TUN, Linux 6.2)', 'uso', base | TUN_F_USO4 | TUN_F_USO6);
+    const tso = uso || grant('TSO (TCP segmentation on the TUN)', 'tso', base);
+    const checksum = tso || grant('checksum offload on the TUN', 'checksum', TUN_F_CSUM);
     control = check('open a control socket', sys.socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
     request();
     view.setInt32(IFREQ_UNION, mtu, true);
@@ -139,6 +139,10 @@ export interface TunnelSocketOptions {
   readonly port: number;
   /** Bytes asked for in each direction. */
   readonly buffer: number;
+  /** Release of the kernel; the running one's when it is left out. */
+  readonly kernel?: string;
+  /** Offloads that are not asked for. */
+  readonly without?: readonly string[] | undefined;
 }
 
 export interface TunnelSocket {
@@ -146,6 +150,14 @@ export interface TunnelSocket {
   readonly gso: boolean;
   readonly gro: boolean;
   readonly refused: readonly string[];
+}
+
+const GRO_REFUSED = 'UDP_GRO (joined receive, sound since Linux 5.12)';
+
+/** True when a release such as "6.1.0-13-amd64" is that version or a later one. */
+export function kernelAtLeast(release: string, major: number, minor: number): boolean {
+  const [a = 0, b = 0] = release.split('.').map((part) => Number.parseInt(part, 10));
+  return a > major || (a === major && b >= minor);
 }
 
 /** A bound, non-blocking UDP socket with big buffers, UDP_GRO where there is, and DF on what it sends. */
@@ -166,11 +178,17 @@ export function openTunnelSocket(sys: System, options: TunnelSocketOptions): Tun
       refused.push(`a socket buffer of ${options.buffer} bytes`);
     }
     check('set DF on the tunnel socket', set(IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO));
-    const gro = set(SOL_UDP, UDP_GRO, 1) >= 0;
-    if (!gro) refused.push('UDP_GRO (joined receive, Linux 5.0)');
+    const offer = (what: string, name: string, option: number, value: number): boolean => {
+      if (options.without?.includes(name)) return false;
+      if (set(SOL_UDP, option, value) >= 0) return true;
+      refused.push(what);
+      return false;
+    };
+    const known = kernelAtLeast(options.kernel ?? release(), 5, 12);
+    if (!known) refused.push(GRO_REFUSED);
+    const gro = known && offer(GRO_REFUSED, 'gro', UDP_GRO, 1);
     // Setting it to 0 changes nothing and fails where the kernel knows no UDP_SEGMENT.
-    const gso = set(SOL_UDP, UDP_SEGMENT, 0) >= 0;
-    if (!gso) refused.push('UDP_SEGMENT (joined send, Linux 4.18)');
+    const gso = offer('UDP_SEGMENT (joined send, Linux 4.18)', 'gso', UDP_SEGMENT, 0);
     writeSockaddr(view, 0, options.address, options.port);
     check(
       `bind UDP port ${options.port} of ${dotted(options.address)}`,

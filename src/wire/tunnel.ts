@@ -9,9 +9,10 @@
 //   |  kind |         0                             |    8
 //   |                     token                     |   12   chosen by the asker, returned as it came
 //   |                     subnet                    |   16   base of the sender's subnet: which node speaks
-//   |              stamp (8 octets)                 |   20   microseconds, the sender's own; never goes back
-//   |       proof (16 octets)                       |   28   HMAC-SHA-256 under the secret of all the rest, cut
-//   |       status, only in an answer to a probe    |   44   carried, not looked into (probe.ts)
+//   |                     target                    |   20   base of the receiver's subnet, 0 when it is not known
+//   |              stamp (8 octets)                 |   24   microseconds, the sender's own; grows
+//   |       proof (16 octets)                       |   32   HMAC-SHA-256 under the secret of all the rest, cut
+//   |       status, only in an answer to a probe    |   48   carried, not looked into (probe.ts)
 import { PROBE_STATUS_BYTES } from '../limits.ts';
 import type { Bytes } from './bytes.ts';
 
@@ -41,7 +42,15 @@ export function readTunnel(bytes: Bytes, offset: number, length: number, vni: nu
 }
 
 /** Offsets from the frame's first octet, the tunnel header included. */
-export const CONTROL = { kind: 8, token: 12, subnet: 16, stamp: 20, proof: 28, size: 44 } as const;
+export const CONTROL = {
+  kind: 8,
+  token: 12,
+  subnet: 16,
+  target: 20,
+  stamp: 24,
+  proof: 32,
+  size: 48,
+} as const;
 export const CONTROL_PROOF_BYTES = 16;
 /** hello asks for a helloBack, probe for a probeBack; all of them keep a NAT's mapping alive. */
 export const CONTROL_KIND = { hello: 1, helloBack: 2, probe: 3, probeBack: 4 } as const;
@@ -50,6 +59,7 @@ export interface Control {
   readonly kind: number;
   readonly token: number;
   readonly subnet: number;
+  readonly target: number;
   readonly stampUs: number;
 }
 
@@ -60,6 +70,7 @@ export function writeControl(bytes: Bytes, offset: number, vni: number, control:
   view.setUint32(offset + CONTROL.kind, control.kind << 24);
   view.setUint32(offset + CONTROL.token, control.token);
   view.setUint32(offset + CONTROL.subnet, control.subnet);
+  view.setUint32(offset + CONTROL.target, control.target);
   view.setUint32(offset + CONTROL.stamp, Math.floor(control.stampUs / 2 ** 32));
   view.setUint32(offset + CONTROL.stamp + 4, control.stampUs % 2 ** 32);
 }
@@ -75,6 +86,7 @@ export function readControl(bytes: Bytes, offset: number, length: number): Contr
     kind,
     token: view.getUint32(offset + CONTROL.token),
     subnet: view.getUint32(offset + CONTROL.subnet),
+    target: view.getUint32(offset + CONTROL.target),
     stampUs: view.getUint32(offset + CONTROL.stamp) * 2 ** 32 + view.getUint32(offset + CONTROL.stamp + 4),
   };
 }

@@ -10,6 +10,7 @@ import { createInterface } from 'node:readline';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import type { ProxyReport } from '../../edge/proxy/command.ts';
+import { FLOW_STATE } from '../../edge/proxy/flows.ts';
 import {
   inside,
   type LabInstance,
@@ -41,6 +42,8 @@ const until = (what: string, condition: () => boolean | Promise<boolean>): Promi
 interface Running {
   readonly child: ChildProcess;
   readonly lines: Record<string, unknown>[];
+  /** Whether it has ended and all its output was read. */
+  readonly closed: { value: boolean };
 }
 
 function start(netns: string, argv: readonly string[]): Running {
@@ -52,15 +55,24 @@ function start(netns: string, argv: readonly string[]): Running {
     lines.push(line.startsWith('{') ? (JSON.parse(line) as Record<string, unknown>) : { text: line });
   });
   createInterface({ input: child.stderr }).on('line', (text) => lines.push({ text }));
-  return { child, lines };
+  const closed = { value: false };
+  child.once('close', () => {
+    closed.value = true;
+  });
+  return { child, lines, closed };
 }
 const peer = (netns: string, ...args: readonly (string | number)[]): Running =>
   start(netns, [...runtimeArgv('node'), PEER, ...args.map(String)]);
 
+/** Waits for a process that ends by itself, and for what it still had to say. */
+const ended = ({ child, closed }: Running): Promise<void> =>
+  eventually(() => closed.value, `${child.spawnargs.join(' ')} to end`, 60_000);
+
 /** Runs to its end and gives the one line that it said. */
 async function ask(netns: string, ...args: readonly (string | number)[]): Promise<Record<string, unknown>> {
-  const { child, lines } = peer(netns, ...args);
-  await new Promise((resolve) => child.once('close', resolve));
+  const running = peer(netns, ...args);
+  await ended(running);
+  const { lines } = running;
   return lines.find((line) => !('text' in line)) ?? { lines };
 }
 
@@ -153,11 +165,12 @@ proxy(
   'on the underlay tcpdump reads VXLAN-GPE, with the InstanceIP and the namespace IP inside',
   async () => {
     const dump = start(lab.hosts[0]!.netns, [
-      ...['tcpdump', '-n', '-v', '-l', '-i', 'up0', '-c', '4', 'udp', 'port', '4790'],
+      // Octet 3 of the tunnel header is the next protocol: IPv4, and so no greeting.
+      ...['tcpdump', '-n', '-v', '-l', '-i', 'up0', '-c', '4', 'udp port 4790 and udp[11] = 1'],
     ]);
     await until('tcpdump to listen', () => dump.lines.some(({ text }) => String(text).includes('listening')));
     ping(client.netns, iip(cart1));
-    await new Promise((resolve) => dump.child.once('close', resolve));
+    await ended(dump);
     const text = dump.lines.map((line) => line['text']).join('\n');
     assert.match(text, /VXLAN-GPE, flags \[IP\], vni 17751/);
     assert.match(text, `${iip(client)} > ${formatIpv4(cart1.namespaceIp)}: ICMP echo request`);
@@ -168,63 +181,82 @@ proxy(
 
 proxy('inner checksums are right on the wire, for TCP segments and datagrams', async () => {
   const dump = start(lab.hosts[0]!.netns, [
-    ...[
-      'tcpdump',
-      '-n',
-      '-vv',
-      '-l',
-      '-i',
-      'up0',
-      '-c',
-      '30',
-      'udp',
-      'port',
-      '4790',
-      'and',
-      'src',
-      '10.78.0.1',
-    ],
+    ...['tcpdump', '-n', '-vv', '-l', '-i', 'up0', 'udp port 4790 and udp[11] = 1 and src 10.78.0.1'],
   ]);
   await until('tcpdump to listen', () => dump.lines.some(({ text }) => String(text).includes('listening')));
   await ask(client.netns, 'udp', iip(cart1), 7000, 700, 4);
   await ask(client.netns, 'tcp', iip(cart1), 7000, 2, 200_000);
-  await new Promise((resolve) => dump.child.once('close', resolve));
-  const text = dump.lines.map((line) => line['text']).join('\n');
-  assert.match(text, 'udp sum ok');
-  assert.match(text, /cksum 0x[0-9a-f]{4} \(correct\)/);
+  const said = (): string => dump.lines.map((line) => line['text']).join('\n');
+  // How many frames carry the bytes is the kernel's affair.
+  await until('both kinds to be seen', () => {
+    const text = said();
+    return text.includes('udp sum ok') && /cksum 0x[0-9a-f]{4} \(correct\)/.test(text);
+  });
+  dump.child.kill('SIGTERM');
+  await ended(dump);
   // The outer checksum is left to the device; every inner one was made here.
   const inner = dump.lines.map(({ text }) => String(text)).filter((line) => line.includes(iip(client)));
   assert.ok(inner.length > 5);
   assert.is(inner.filter((line) => line.includes('incorrect')).length, 0, inner.join('\n'));
 });
 
+proxy('super-packets of very small segments, many at once, keep their headers', async () => {
+  const way = (...more: string[]): string[] => [
+    ...['ip', '-n', client.netns, 'route', 'replace', 'default', 'via', formatIpv4(lab.hosts[0]!.bridge)],
+    ...more,
+  ];
+  const before = await lab.hosts[0]!.counters();
+  shell(way('advmss', '88'));
+  shell([
+    'ip',
+    '-n',
+    cart1.netns,
+    'route',
+    'replace',
+    'default',
+    'via',
+    formatIpv4(lab.hosts[1]!.bridge),
+    'advmss',
+    '88',
+  ]);
+  try {
+    assert.equal(await ask(client.netns, 'tcp', iip(cart1), 7000, 20, 300_000), { ok: 20, bad: [] });
+    const after = await lab.hosts[0]!.counters();
+    assert.ok(after['segmented_packets']! - before['segmented_packets']! > 20_000);
+    assert.is(after['drop_malformed_transport'], before['drop_malformed_transport']);
+  } finally {
+    shell(way());
+    shell(['ip', '-n', cart1.netns, 'route', 'replace', 'default', 'via', formatIpv4(lab.hosts[1]!.bridge)]);
+  }
+});
+
 proxy('nothing listens: the client is told at once, by the address that it had dialled', async () => {
-  const { child, lines } = peer(client.netns, 'hold', sip(CART), 7999);
-  await new Promise((resolve) => child.once('close', resolve));
-  assert.equal(lines[0], { event: 'ECONNREFUSED' });
+  const running = peer(client.netns, 'hold', sip(CART), 7999);
+  await ended(running);
+  assert.equal(running.lines[0], { event: 'ECONNREFUSED' });
 });
 
 proxy(
   'an instance that goes: its client gets a reset at once, and new connections go elsewhere',
   async () => {
     const [one] = lab.hosts;
-    const hold = peer(client.netns, 'hold', sip(DB), 7000);
-    await until('the echo', () => hold.lines.some(({ event }) => event === 'data'));
+    const holds = [sip(DB), iip(db)].map((address) => peer(client.netns, 'hold', address, 7000));
+    for (const { lines } of holds) await until('the echo', () => lines.some(({ event }) => event === 'data'));
     one!.send(lab.serviceCommand(DB, [], one!));
-    const begin = performance.now();
-    await until('the reset', () => hold.lines.some(({ event }) => event === 'ECONNRESET'));
-    // Without a reset it would hang until TCP itself gives up, minutes later.
-    assert.ok(performance.now() - begin < 10_000);
+    // Long before the client's own patience, which is minutes.
+    for (const { lines } of holds)
+      await eventually(() => lines.some(({ event }) => event === 'ECONNRESET'), 'the reset', 10_000);
     one!.send(lab.serviceCommand(DB, [db], one!));
-    assert.equal(await ask(client.netns, 'tcp', sip(DB), 7000, 1, 1_000), { ok: 1, bad: [] });
+    for (const address of [sip(DB), iip(db)])
+      assert.equal(await ask(client.netns, 'tcp', address, 7000, 1, 1_000), { ok: 1, bad: [] });
   },
 );
 
 proxy('needs: a service outside them is refused at once and counted', async () => {
   lab.tellAll({ [WEB]: [CART] });
-  const { child, lines } = peer(client.netns, 'hold', sip(DB), 7000);
-  await new Promise((resolve) => child.once('close', resolve));
-  assert.match(String(lines[0]!['event']), /^(EHOSTUNREACH|EACCES|ECONNREFUSED)$/);
+  const running = peer(client.netns, 'hold', sip(DB), 7000);
+  await ended(running);
+  assert.match(String(running.lines[0]!['event']), /^(EHOSTUNREACH|EACCES|ECONNREFUSED)$/);
   assert.equal(await ask(client.netns, 'tcp', sip(CART), 7000, 2, 1_000), { ok: 2, bad: [] });
   assert.ok((await lab.hosts[0]!.counters())['drop_not_needed']! > 0);
   lab.tellAll();
@@ -264,7 +296,7 @@ proxy('a node that cannot be reached, and one where nothing listens, stop nothin
   for (const n of [1, 2, 3]) await ask(client.netns, 'udp', formatIpv4(ipv4(0xac1ef000 + n)), 7000, 64, 1);
   assert.equal(await ask(client.netns, 'tcp', sip(CART), 7000, 2, 100_000), { ok: 2, bad: [] });
   const counters = await one!.counters();
-  assert.ok(counters['drop_send_unreachable']! + counters['drop_send_refused']! > 0);
+  assert.ok(counters['drop_send_unreachable']! > 0, JSON.stringify(counters));
 });
 
 proxy('garbage on the tunnel port is counted and stops nothing (oakestra.md §10, 1)', async () => {
@@ -295,12 +327,12 @@ proxy('path MTU: a narrower underlay is found out, TCP and big datagrams go on',
   // A route with a smaller MTU stands for a narrower link: the kernel then says "too big" just as after an ICMP error.
   shell(['ip', '-n', lab.hosts[0]!.netns, 'route', 'add', '10.78.0.2/32', 'dev', 'up0', 'mtu', '1300']);
   assert.equal(await ask(client.netns, 'tcp', iip(cart1), 7000, 3, 400_000), { ok: 3, bad: [] });
+  // The datagram that finds out is lost, and whoever sends datagrams repeats them.
   for (const size of [1_200, 1_400, 4_000])
-    assert.is(
-      ((await ask(client.netns, 'udp', iip(cart1), 7000, size, 4))['ok']! as number) >= 3,
-      true,
-      `${size}`,
-    );
+    await until(`datagrams of ${size} to pass`, async () => {
+      const { ok } = await ask(client.netns, 'udp', iip(cart1), 7000, size, 4);
+      return ok === 4;
+    });
   const counters = await lab.hosts[0]!.counters();
   assert.ok(counters['drop_too_big']! > 0 && counters['icmp_made']! > 0);
   shell(['ip', '-n', lab.hosts[0]!.netns, 'route', 'del', '10.78.0.2/32']);
@@ -339,20 +371,32 @@ proxy('kill -9 of the loop: its flows go on within 2 s of its start, ServiceIPs 
       peer(client.netns, 'hold', address, 7000),
     );
     for (const { lines } of holds) await until('the echo', () => lines.some(({ event }) => event === 'data'));
+    // What is younger than the last write to the file is lost with the agent.
+    const established = (): number => {
+      const records = readFileSync(flowsFile).subarray(8);
+      let count = 0;
+      for (let at = 0; at < records.length; at += 24) if (records[at] === FLOW_STATE.established + 1) count++;
+      return count;
+    };
+    await until('the flows to be on disk', () => established() >= 4);
     const child = one!.process!;
     const gone = new Promise((resolve) => child.once('exit', resolve));
     shell(['kill', '-9', ...pidsBelow(child.pid!).map(String)]);
     await gone;
+    const outSince = performance.now();
     await one!.start(runtime, { flowsFile });
     lab.tellAll();
     const since = performance.now();
+    // A client repeats itself after as long as it has waited already.
+    const outage = since - outSince;
     const counts = holds.map(({ lines }) => lines.length);
     for (const [i, { lines }] of holds.entries())
       await until('the echo to go on', () => lines.length > counts[i]!);
-    assert.ok(performance.now() - since < 10_000, `${performance.now() - since} ms`);
+    // Long before a client gives up; how fast it really is, is no question for a busy machine.
+    assert.ok(performance.now() - since < 10_000 + outage, `${performance.now() - since} ms`);
     for (const { lines } of holds)
       assert.equal([...new Set(lines.map(({ event }) => event))], ['connected', 'data']);
-    assert.ok((await one!.counters())['flows_restored']! >= 3);
+    assert.ok((await one!.counters())['flows_restored']! >= 4);
   } finally {
     rmSync(flowsFile, { force: true });
   }

@@ -16,6 +16,7 @@ import {
   shell,
 } from '../../scripts/proxy_lab.ts';
 import { formatIpv4 } from '../../src/addr.ts';
+import { PEER_KEEPALIVE_MS } from '../../src/limits.ts';
 import { eventually } from '../support/eventually.ts';
 
 const runtime: Runtime = 'deno' in process.versions ? 'deno' : 'node';
@@ -72,23 +73,61 @@ nat('new flows reach it, although the address that the keyspace has leads nowher
   assert.equal(tcp(web, cart), { ok: 4, bad: [] });
 });
 
-nat('a NAT that forgets is found again by the next keep-alive', async () => {
-  const [one, two] = lab.hosts;
-  const before = (await one!.counters())['peers_learned']!;
-  // The NAT loses its table: the node's next frame gets another port.
-  shell(inside(`${lab.prefix}-n`, 'nft', 'flush', 'ruleset'));
+/** The NAT loses its table and its address: the node's next frame comes from elsewhere. */
+function forget(last: number): void {
+  const inNat = (...argv: string[]): string[] => inside(`${lab.prefix}-n`, ...argv);
+  shell(inNat('nft', 'flush', 'ruleset'));
   shell(
-    inside(`${lab.prefix}-n`, 'nft', '-f', '-'),
+    inNat('nft', '-f', '-'),
     'table ip nat {\n chain post {\n type nat hook postrouting priority srcnat\n oifname "out0" masquerade random\n }\n}\n',
   );
-  shell(inside(`${lab.prefix}-n`, 'ip', 'addr', 'add', '10.78.0.51/24', 'dev', 'out0'));
-  shell(inside(`${lab.prefix}-n`, 'ip', 'addr', 'del', '10.78.0.50/24', 'dev', 'out0'));
-  shell(inside(`${lab.prefix}-n`, 'ip', 'addr', 'replace', '10.78.0.51/24', 'dev', 'out0'));
-  let token = 0;
-  await eventually(async () => {
-    two!.send({ kind: 'probe', token: ++token, nodeIp: one!.nodeIp, ewp: 4790 });
-    return (await one!.counters())['peers_learned']! > before;
-  }, 'the new address to be learned');
+  shell(inNat('ip', 'addr', 'add', `10.78.0.${last + 1}/24`, 'dev', 'out0'));
+  shell(inNat('ip', 'addr', 'del', `10.78.0.${last}/24`, 'dev', 'out0'));
+  shell(inNat('ip', 'addr', 'replace', `10.78.0.${last + 1}/24`, 'dev', 'out0'));
+}
+
+nat('a NAT that forgets is found again when the node behind it speaks', async () => {
+  const [one] = lab.hosts;
+  const before = await one!.counters();
+  forget(50);
+  assert.equal(tcp(cart, web), { ok: 4, bad: [] });
+  const after = await one!.counters();
+  assert.ok(after['peers_learned']! > before['peers_learned']!);
+  assert.equal(tcp(web, cart), { ok: 4, bad: [] });
+});
+
+nat('and by the next keep-alive when it says nothing', async () => {
+  const [one] = lab.hosts;
+  const before = (await one!.counters())['peers_learned']!;
+  forget(51);
+  await eventually(
+    async () => (await one!.counters())['peers_learned']! > before,
+    'the new address to be learned',
+    PEER_KEEPALIVE_MS + 20_000,
+  );
+  assert.equal(tcp(web, cart), { ok: 4, bad: [] });
+});
+
+nat('a data packet from the address of a node, and a port that it has not proved, is not taken', async () => {
+  const [one, two] = lab.hosts;
+  const before = await one!.counters();
+  // An unprivileged process behind the same NAT, or on the same node: a whole frame of the cart's, from its own socket.
+  const script = `
+    const frame = Buffer.from('0c000001004557004500001d000000004011000000000000000000002328232800090000ff', 'hex');
+    frame.writeUInt32BE(${cart.instanceIp}, 8 + 12);
+    frame.writeUInt32BE(${web.namespaceIp}, 8 + 16);
+    let sum = 0;
+    for (let i = 8; i < 28; i += 2) sum += frame.readUInt16BE(i);
+    sum = (sum & 0xffff) + (sum >>> 16);
+    frame.writeUInt16BE(~(sum + (sum >>> 16)) & 0xffff, 8 + 10);
+    const s = require('node:dgram').createSocket('udp4');
+    s.send(frame, 4790, '10.78.0.1', () => s.close());`;
+  shell(inside(two!.netns, ...runtimeArgv('node').slice(0, 1), '-e', script));
+  await eventually(
+    async () => (await one!.counters())['drop_spoofed_sender']! > before['drop_spoofed_sender']!,
+    'the forged packet to be counted',
+  );
+  assert.is((await one!.counters())['peers_learned'], before['peers_learned']);
   assert.equal(tcp(web, cart), { ok: 4, bad: [] });
 });
 
@@ -98,11 +137,12 @@ nat('without the secret nobody can claim to be that node', async () => {
   // A hello of the right form from the switch's own namespace, proved with another secret.
   const script = `
     const { createHmac } = require('node:crypto');
-    const frame = Buffer.alloc(44);
+    const frame = Buffer.alloc(48);
     frame.set([12, 0, 0, 254, 0, 69, 87, 0, 1]);
     frame.writeUInt32BE(${lab.hosts[1]!.subnet}, 16);
-    frame.writeBigUInt64BE(BigInt(Date.now()) * 1000n + 10n ** 15n, 20);
-    createHmac('sha256', 'edgeway 17751').update(frame.subarray(0, 28)).digest().copy(frame, 28, 0, 16);
+    frame.writeUInt32BE(${one!.subnet}, 20);
+    frame.writeBigUInt64BE(BigInt(Date.now()) * 1000n + 10n ** 15n, 24);
+    createHmac('sha256', 'edgeway 17751').update(frame.subarray(0, 32)).digest().copy(frame, 32, 0, 16);
     const s = require('node:dgram').createSocket('udp4');
     s.send(frame, 4790, '10.78.0.1', () => s.close());`;
   shell(['ip', '-n', `${lab.prefix}-w`, 'addr', 'add', '10.78.0.77/24', 'dev', 'sw']);

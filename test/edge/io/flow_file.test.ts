@@ -8,7 +8,7 @@ import { FLOW_STATE, Flow, FlowTable } from '../../../edge/proxy/flows.ts';
 import type { InstanceEntry } from '../../../edge/proxy/routes.ts';
 import { Rng } from '../../../src/rng.ts';
 import { TCP_ACK, TCP_SYN } from '../../../src/wire/tcp.ts';
-import { CART_1, CART_RR, CLIENT, cartCommand, NodeUnderTest, tcp } from '../proxy/world.ts';
+import { CART_1, CART_RR, CLIENT, cartCommand, NodeUnderTest, tcp, udp } from '../proxy/world.ts';
 
 const directory = mkdtempSync(join(tmpdir(), 'edgeway-flows-'));
 const path = join(directory, 'flows');
@@ -20,7 +20,7 @@ test('FlowFile gives back the flows that were there, in their last state, and no
   assert.equal(records, []);
   const table = new FlowTable(100);
   table.watcher = file;
-  const instance = { instanceIp: 0xac1e0201, flows: 0 } as InstanceEntry;
+  const instance = { instanceIp: 0xac1e0201, flows: 0, dialled: 0 } as InstanceEntry;
   const flows = [1, 2, 3].map((n) => new Flow(6, 0xac100042, n, 0xac1e000a, 80, n + 100, instance, 0));
   for (const flow of flows) table.add(flow);
   table.setState(flows[0]!, FLOW_STATE.established);
@@ -52,7 +52,7 @@ test('openFlowFile survives noise of any length', () => {
     node.proxy.remember(records);
     node.apply(cartCommand(1));
   }
-  assert.is(readFileSync(path).length, 8);
+  assert.is(readFileSync(path).length, 8 + 10 * 24, 'the space is there before it is needed');
 });
 
 test('remembered flows come back with the route of their instance, and go on as if nothing had been', () => {
@@ -69,7 +69,12 @@ test('remembered flows come back with the route of their instance, and go on as 
   file.close();
   const second = new NodeUnderTest(1);
   second.proxy.remember(openFlowFile(path, 1_024, 1_002).records);
+  // Its instance is not there yet: it waits, and is not told that there is no such connection.
+  second.apply(cartCommand(1, [2]));
   assert.is(second.leave(tcp({ source: CLIENT, target: CART_RR }, TCP_ACK)), 'no_flow');
+  assert.equal(second.answers(), []);
+  assert.is(second.leave(tcp({ source: CLIENT, target: CART_RR, sourcePort: 7 }, TCP_ACK)), 'no_flow');
+  assert.match(second.answers()[0]!, 'TCP [R]');
   second.apply(cartCommand(1, [1, 2]));
   assert.match(second.leave(tcp({ source: CLIENT, target: CART_RR }, TCP_ACK)), 'node 2');
   assert.match(
@@ -77,6 +82,49 @@ test('remembered flows come back with the route of their instance, and go on as 
     'tun: 172.30.0.10.80 >',
   );
   assert.is(second.counter('flows_restored'), 1);
+});
+
+test('a flow that goes on being used does not look idle, whenever it was made', () => {
+  rmSync(path, { force: true });
+  const { file } = openFlowFile(path, 1_024, 1_000);
+  const first = new NodeUnderTest(1);
+  first.proxy.flows.watcher = file;
+  for (const sourcePort of [1, 2]) first.leave(udp({ source: CLIENT, target: CART_RR, sourcePort }));
+  // Port 1 goes on for ten minutes.
+  for (let s = 0; s < 600; s++) {
+    first.now += 1_000;
+    file.seconds++;
+    first.leave(udp({ source: CLIENT, target: CART_RR, sourcePort: 1 }));
+  }
+  file.close();
+  const { file: again, records } = openFlowFile(path, 1_024, 1_601);
+  again.close();
+  const age = (port: number): number => records.find((record) => record.port === port)!.ageS;
+  assert.ok(age(1) <= 31, `${age(1)}`);
+  assert.is(age(2), 601);
+});
+
+test('FlowFile writes by block when it is told to, and says what the disk says against it', () => {
+  rmSync(path, { force: true });
+  const { file } = openFlowFile(path, 1_024, 1_000);
+  const table = new FlowTable(1_024);
+  table.watcher = file;
+  const instance = { instanceIp: 0xac1e0201, flows: 0, dialled: 0 } as InstanceEntry;
+  for (let n = 0; n < 500; n++) table.add(new Flow(6, 1, n, 2, 80, n, instance, 0));
+  const written = (): number =>
+    Array.from({ length: 1_024 }, (_, i) => readFileSync(path)[8 + i * 24]!).filter((state) => state > 0)
+      .length;
+  assert.is(written(), 0);
+  assert.ok(file.dirty);
+  file.write();
+  assert.is(written(), 500);
+  assert.not(file.dirty);
+  file.abandon();
+  assert.is(readFileSync(path).length, 0, 'what is not kept up to date is not kept');
+  // The descriptor is closed: as a disk that has gone.
+  table.remove([...table][0]!);
+  assert.throws(() => file.write());
+  assert.throws(() => openFlowFile('/dev/full', 10, 0), /ENOSPC|EINVAL|os error/);
 });
 
 test.run();

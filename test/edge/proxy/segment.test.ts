@@ -84,6 +84,8 @@ test('Cutter.cut equals the naive twin, byte for byte, for TCP with flags and UD
     const bytes = memories[i % 2]!;
     const at = 64 + rng.below(4);
     bytes.u8.set(packet, at);
+    cutter.release();
+    assert.is(cutter.segments(bytes, at, size), Math.ceil(length / size));
     assert.ok(cutter.cut(bytes, at, size));
     assert.equal(gather(cutter, bytes), naiveCut(packet, size), `case ${i}`);
   }
@@ -99,6 +101,31 @@ test('Cutter.cut refuses what it cannot cut: other protocols, no payload, too ma
   assert.not(cutter.cut(bytes, 64, 8));
   bytes.u8[64 + IPV4.protocol] = PROTOCOL.icmp;
   assert.not(cutter.cut(bytes, 64, 1000));
+});
+
+test('Cutter: headers that are in use are never written over, however small the segments', () => {
+  const cutter = new Cutter(VNI);
+  const bytes = newBytes(70_000);
+  // 273 segments each: eight of them are more than there are slots.
+  const packets = Array.from({ length: 8 }, (_, n) => tcp(tuple, 0x10, new Uint8Array(65_400).fill(n)));
+  const held: { readonly at: number; readonly was: Uint8Array }[] = [];
+  let cuts = 0;
+  for (const packet of packets) {
+    bytes.u8.set(packet, 64);
+    if (cutter.segments(bytes, 64, 240) > cutter.room) assert.not(cutter.cut(bytes, 64, 240));
+    else {
+      assert.ok(cutter.cut(bytes, 64, 240));
+      cuts++;
+      for (let i = 0; i < cutter.count; i++) {
+        const at = cutter.headerAt[i]!;
+        held.push({ at, was: cutter.headers.u8.slice(at, at + cutter.headerLength) });
+      }
+    }
+  }
+  assert.is(cuts, 7);
+  for (const { at, was } of held) assert.equal(cutter.headers.u8.slice(at, at + was.length), was);
+  cutter.release();
+  assert.ok(cutter.cut(bytes, 64, 240));
 });
 
 /** What the joiner has, as one packet with whole checksums. */
@@ -130,6 +157,7 @@ test('Joiner undoes Cutter: what was cut comes back byte for byte', () => {
     const packet =
       rng.below(2) === 0 ? udp(tuple, payload) : tcp(tuple, 0x18, payload, { sequence: rng.u32() });
     source.u8.set(packet, 64);
+    cutter.release();
     assert.ok(cutter.cut(source, 64, size));
     const pieces = gather(cutter, source);
     const joiner = new Joiner();
