@@ -1164,8 +1164,15 @@ export class Agent implements NodeControl {
     this.#registered?.steering.report(report);
     if (report.kind === 'notice') this.#log.warn({ reason: report.text }, 'the packet loop goes on without');
     const { routes } = this.#parts;
-    if (report.kind === 'miss') void routes.askAddress(report.address);
+    if (report.kind === 'miss') void this.#lookUp(report.address);
     if (report.kind === 'chosen') for (const { service } of report.choices) void routes.ask(service);
+  }
+
+  /** The loop holds a packet meanwhile: it goes on with the route, or its sender is told that nobody has the address. */
+  async #lookUp(address: Ipv4): Promise<void> {
+    const { routes, table } = this.#parts;
+    if ((await routes.askAddress(address)) && table.nameOf(address) === undefined)
+      this.#registered?.loop.send({ kind: 'unowned', address });
   }
 
   // ---- small things ----

@@ -157,6 +157,7 @@ export const FRAGMENT_MS = 30_000;
 /** Packets that wait for a route, and how long: the keyspace answers in milliseconds or not at all. */
 export const PACKETS_HELD_MAX = 256;
 export const PACKET_HELD_MS = 1_000;
+/** Room for one of them, or the MTU where that is more. */
 export const PACKET_HELD_BYTES = 2_048;
 /** One report per unknown address and second, for at most so many addresses at a time. */
 export const MISS_REPORT_MS = 1_000;
@@ -164,8 +165,8 @@ export const MISSES_MAX = 1_024;
 /** Reports of unknown addresses per tick of 250 ms, each a read of the keyspace; half of them are kept for packets from
  *  the bridge, because anybody on the underlay can make the others. */
 export const MISSES_PER_TICK_MAX = 64;
-/** ICMP errors of ours per second (RFC 1812 §4.3.2.8 asks for a limit; Linux sends 1,000/s). */
-export const ICMP_PER_SECOND = 1_000;
+/** ICMP errors of ours per second and instance (RFC 1812 §4.3.2.8 asks for a limit; Linux sends 1,000/s in all). */
+export const ICMP_PER_SECOND = 100;
 
 /** Socket buffers: 7 MiB is one bandwidth-delay product of 10 Gbit/s at 5 ms. */
 export const SOCKET_BUFFER_BYTES = 7 * 1024 * 1024;

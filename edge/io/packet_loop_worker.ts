@@ -192,7 +192,7 @@ class Loop {
     this.#headers = sys.allocate(Cutter.memory);
     this.#cutter = new Cutter(config.vni, bytesOf(this.#headers.bytes));
     this.#answers = sys.allocate(Answers.memory);
-    this.#hold = sys.allocate(Hold.memory);
+    this.#hold = sys.allocate(Hold.memory(config.mtu));
     this.#cuts = sys.allocate((cutMemory(PACKET_MAX, 296) + 3) & ~3);
     this.#cutsBytes = bytesOf(this.#cuts.bytes);
     this.#proxy = new ProxyTun(config, {

@@ -29,8 +29,9 @@ export class Answers {
   count = 0;
   readonly at = new Int32Array(ANSWERS_MAX);
   readonly length = new Int32Array(ANSWERS_MAX);
-  #allowance = ICMP_PER_SECOND;
-  #allowanceMs = 0;
+  /** ICMP errors of this second, by whom they are for: an instance on this node. */
+  readonly #made = new Map<number, number>();
+  #secondMs = 0;
 
   constructor(bytes: Bytes = newBytes(ANSWERS_MAX * SLOT)) {
     this.bytes = bytes;
@@ -114,18 +115,20 @@ export class Answers {
       const inner = u8[offset + header]!;
       if (isIcmpError(inner) || inner === ICMP_TYPE.redirect) return false;
     }
-    if (now - this.#allowanceMs >= 1_000) {
-      this.#allowance = ICMP_PER_SECOND;
-      this.#allowanceMs = now;
+    if (now - this.#secondMs >= 1_000) {
+      this.#made.clear();
+      this.#secondMs = now;
     }
-    if (this.#allowance <= 0) return false;
-    this.#allowance--;
+    const target = view.getUint32(offset + IPV4.source);
+    const made = this.#made.get(target) ?? 0;
+    if (made >= ICMP_PER_SECOND) return false;
+    this.#made.set(target, made + 1);
     const quote = Math.min(view.getUint16(offset + IPV4.total), QUOTE_MAX);
     const at = this.count * SLOT + ANSWER_HEADROOM;
     const total = IPV4.size + ICMP.size + quote;
     writeIpv4(this.bytes, at, {
       source: view.getUint32(offset + IPV4.target),
-      target: view.getUint32(offset + IPV4.source),
+      target,
       protocol: PROTOCOL.icmp,
       total,
       tos: 0xc0, // RFC 1812 §4.3.2.5: precedence 6

@@ -49,6 +49,8 @@ export type ProxyCommand =
       readonly instances: readonly InstanceRoute[];
     }
   | { readonly kind: 'serviceGone'; readonly service: ServiceId }
+  /** The answer to a `miss` when nobody has the address: packets that wait for it are refused. */
+  | { readonly kind: 'unowned'; readonly address: Ipv4 }
   /** Weights of instances that an earlier `service` named; flows that exist are not touched, a later `service` of the
    *  same instance numbers keeps them. */
   | ({ readonly kind: 'weights'; readonly service: ServiceId } & InstanceWeights)
@@ -80,7 +82,8 @@ export type ProxyReport =
   | { readonly kind: 'ready' }
   /** The loop has ended; `error` when it did so by itself. */
   | { readonly kind: 'stopped'; readonly error?: string }
-  /** A packet named an address that no route knows: the control plane may start to follow it. Rate-limited. */
+  /** A packet named an address that no route knows: the control plane may start to follow it,
+   *  or answers `unowned`. Rate-limited. */
   | { readonly kind: 'miss'; readonly address: Ipv4 }
   /** The answer to a `probe` of ours: it carried the probe's token and, authentic, came from `nodeIp`. `rttNs` is taken in the
    *  loop from send to receive; `status` is the answering node's probeStatus. */

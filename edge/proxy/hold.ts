@@ -1,5 +1,6 @@
-// Packets that wait: a fragment for its datagram's first, a packet for its route. A fixed number of fixed slots; what
-// does not fit is not held. They are copies, and come back exactly as they were when they came.
+// Packets that wait: a fragment for its datagram's first, a packet for its route. A fixed number of fixed slots; a packet
+// beyond them is not held, a fragment takes the place of the oldest one: fragments overtake each other by moments, and
+// those that wait for long wait in vain. Copies, which come back exactly as they were when they came.
 import {
   FRAGMENT_MS,
   FRAGMENTS_HELD_MAX,
@@ -8,6 +9,7 @@ import {
   PACKETS_HELD_MAX,
 } from '../../src/limits.ts';
 import { type Bytes, newBytes } from '../../src/wire/bytes.ts';
+import { IPV4 } from '../../src/wire/ipv4.ts';
 
 /** Room for tunnel and virtio headers in front of each. */
 export const HOLD_HEADROOM = 16;
@@ -34,15 +36,20 @@ export interface Held {
 export class Hold {
   readonly bytes: Bytes;
   readonly #slots: Held[];
+  readonly #slotBytes: number;
   /** Slots in use; when 0 nothing is searched. */
   waiting = 0;
   due = 0;
+  /** Fragments that made room for others. */
+  displaced = 0;
   #fragments = 0;
 
-  constructor(bytes: Bytes = newBytes(Hold.memory)) {
+  /** For packets of a network with that MTU. */
+  constructor(mtu: number, bytes: Bytes = newBytes(Hold.memory(mtu))) {
     this.bytes = bytes;
+    this.#slotBytes = slotBytes(mtu);
     this.#slots = Array.from({ length: SLOTS }, (_, i) => ({
-      at: i * PACKET_HELD_BYTES + HOLD_HEADROOM,
+      at: i * this.#slotBytes + HOLD_HEADROOM,
       length: 0,
       leaving: true,
       outerIp: 0,
@@ -57,8 +64,8 @@ export class Hold {
     }));
   }
 
-  static get memory(): number {
-    return SLOTS * PACKET_HELD_BYTES;
+  static memory(mtu: number): number {
+    return SLOTS * slotBytes(mtu);
   }
 
   /** A slot with a copy of the packet, for the caller to fill in; undefined when it cannot be held. */
@@ -69,9 +76,9 @@ export class Hold {
     state: 'route' | 'fragment',
     now: number,
   ): Held | undefined {
-    if (length > PACKET_HELD_BYTES - HOLD_HEADROOM) return undefined;
-    if (state === 'fragment' && this.#fragments >= FRAGMENTS_HELD_MAX) return undefined;
-    if (state === 'route' && this.waiting - this.#fragments >= PACKETS_HELD_MAX) return undefined;
+    if (length > this.#slotBytes - HOLD_HEADROOM) return undefined;
+    if (state === 'fragment') this.#makeRoom(bytes.view.getUint32(offset + IPV4.source));
+    else if (this.waiting - this.#fragments >= PACKETS_HELD_MAX) return undefined;
     const held = this.#slots.find((slot) => slot.state === 'free');
     if (held === undefined) return undefined;
     this.bytes.u8.set(bytes.u8.subarray(offset, offset + length), held.at);
@@ -81,6 +88,36 @@ export class Hold {
     this.waiting++;
     if (state === 'fragment') this.#fragments++;
     return held;
+  }
+
+  /** Lets go of the oldest fragment: of that source when it has its share, of any when all slots are taken. */
+  #makeRoom(source: number): void {
+    let own = 0;
+    let oldest: Held | undefined;
+    let oldestOwn: Held | undefined;
+    if (this.#fragments > 0)
+      for (const held of this.#slots) {
+        if (held.state !== 'fragment') continue;
+        if (oldest === undefined || held.untilMs < oldest.untilMs) oldest = held;
+        if (held.source !== source) continue;
+        own++;
+        if (oldestOwn === undefined || held.untilMs < oldestOwn.untilMs) oldestOwn = held;
+      }
+    const full = this.#fragments >= FRAGMENTS_HELD_MAX ? oldest : undefined;
+    const goes = own >= FRAGMENTS_HELD_MAX / 4 ? oldestOwn : full;
+    if (goes === undefined) return;
+    this.displaced++;
+    this.free(goes);
+  }
+
+  /** The address has no owner: gives each packet that waited for its route, and lets go of it. */
+  giveUp(address: number, each: (held: Held) => void): void {
+    if (this.waiting === 0) return;
+    for (const held of this.#slots)
+      if (held.state === 'route' && held.address === address) {
+        each(held);
+        this.free(held);
+      }
   }
 
   /** A route for the address has come: its packets are due. */
@@ -133,4 +170,8 @@ export class Hold {
     held.state = 'due';
     this.due++;
   }
+}
+
+function slotBytes(mtu: number): number {
+  return Math.max(PACKET_HELD_BYTES, (mtu + HOLD_HEADROOM + 3) & ~3);
 }

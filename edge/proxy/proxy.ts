@@ -108,7 +108,7 @@ export class ProxyTun {
     this.#tracks = new Tracks(this.#rng.u32());
     this.counters = memory.counters ?? new Float64Array(COUNTER_COUNT);
     this.answers = new Answers(memory.answers);
-    this.hold = new Hold(memory.hold);
+    this.hold = new Hold(config.mtu, memory.hold);
   }
 
   // ——— the packet path ———
@@ -732,7 +732,9 @@ export class ProxyTun {
     const id = bytes.view.getUint16(offset + IPV4.id);
     const track = this.#tracks.find(this.#source, this.#target, id, this.#protocol, now);
     if (track === undefined) {
+      const { displaced } = this.hold;
       const held = this.hold.take(bytes, offset, length, 'fragment', now);
+      this.counters[DROP.fragments_full]! += this.hold.displaced - displaced;
       if (held === undefined) return this.#drop(DROP.fragments_full);
       held.leaving = leaving;
       held.outerIp = outerIp;
@@ -805,6 +807,15 @@ export class ProxyTun {
     this.counters[COUNT.packets_held]!++;
   }
 
+  /** Tells the sender of a held packet that nobody has the address it dialled. */
+  #refuse(at: number, now: number): void {
+    const { bytes } = this.hold;
+    if (this.#parse(bytes, at, false) !== 0) return;
+    if (this.#protocol !== PROTOCOL.tcp || this.#kind === TRANSPORT.none)
+      this.#error(bytes, at, ICMP_TYPE.unreachable, UNREACHABLE.host, 0, now);
+    else if (this.answers.refuse(bytes, at)) this.counters[COUNT.resets_made]!++;
+  }
+
   // ——— the control plane's side ———
 
   apply(command: Exclude<ProxyCommand, { kind: 'probe' | 'probeStatus' | 'stop' }>, now: number): void {
@@ -820,6 +831,12 @@ export class ProxyTun {
       }
       case 'serviceGone':
         this.#endGone(this.routes.deleteService(command.service), now);
+        return;
+      case 'unowned':
+        this.#missedMs.delete(command.address);
+        this.hold.giveUp(command.address, (held) => {
+          if (held.leaving) this.#refuse(held.at, now);
+        });
         return;
       case 'weights':
         this.routes.weigh(command.service, command);

@@ -703,6 +703,53 @@ test('a miss is reported once a second, and its packet goes on when the route co
   assert.ok(one.proxy.hold.waiting <= 3);
 });
 
+test('an address that nobody has: who waits for it is told, by the address that it dialled', () => {
+  const one = new NodeUnderTest(1);
+  const nobody = a('172.30.7.7');
+  one.leave(tcp({ source: CLIENT, target: nobody }, TCP_SYN));
+  one.leave(udp({ source: CLIENT, target: nobody }));
+  one.arrive(udp({ source: nobody, target: CLIENT }), 2);
+  assert.is(one.proxy.misses.splice(0).length, 1);
+  one.apply({ kind: 'unowned', address: a('172.30.7.8') });
+  assert.is(one.proxy.hold.waiting, 3);
+  one.apply({ kind: 'unowned', address: nobody });
+  assert.is(one.proxy.hold.waiting, 0);
+  assert.equal(one.answers(), [
+    '172.30.7.7.80 > 172.16.0.66.40000: TCP [R.] seq 0 ack 1001 length 0 (ttl 64)',
+    '172.30.7.7 > 172.16.0.66: ICMP type 3 code 1 id 0 length 41 (ttl 64)',
+  ]);
+  one.leave(tcp({ source: CLIENT, target: nobody }, TCP_SYN));
+  assert.equal(one.proxy.misses, [nobody], 'the next one asks at once');
+});
+
+test('fragments without a first: one instance keeps its share, and the oldest makes room', () => {
+  const one = new NodeUnderTest(1, { mtu: 8_900 });
+  const orphan = (source: number, id: number, size = 24): string =>
+    one.leave(udp({ source, target: CART_RR }, new Uint8Array(size), { fragment: 0x0004, id }));
+  for (let id = 0; id < 200; id++) orphan(CLIENT, id);
+  assert.is(one.proxy.hold.waiting, 32);
+  assert.is(one.counter('drop_fragments_full'), 168);
+  assert.is(orphan(OTHER, 1, 8_800), 'held', 'as large as the MTU lets them be');
+  one.leave(udp({ source: OTHER, target: CART_RR }, new Uint8Array(8_800), { fragment: 0x2000, id: 1 }));
+  assert.is(one.proxy.hold.due, 1);
+});
+
+test('ICMP errors are rationed to each instance by itself', () => {
+  const one = new NodeUnderTest(1);
+  for (const namespaceIp of [CLIENT, OTHER])
+    one.apply({ kind: 'local', namespaceIp, instanceIp: a('172.30.1.1'), service: WEB, needs: [] });
+  const ask = (source: number): number => {
+    one.leave(udp({ source, target: CART_RR }));
+    return one.answers().length;
+  };
+  let told = 0;
+  for (let i = 0; i < 1_000; i++) told += ask(CLIENT);
+  assert.is(told, 100);
+  assert.is(ask(OTHER), 1);
+  one.now += 1_000;
+  assert.is(ask(CLIENT), 1);
+});
+
 test('misses of one tick are bounded, and those that the underlay makes leave half for the bridge', () => {
   const one = new NodeUnderTest(1);
   for (let i = 0; i < 1_000; i++) one.arrive(udp({ source: a('172.30.9.0') + i, target: CLIENT }), 2);
