@@ -118,26 +118,30 @@ export class FlowFile implements FlowWatcher {
   }
 }
 
+export interface OpenedFlows {
+  readonly records: readonly FlowRecord[];
+  /** Absent when the disk takes no file of that size; `error` says why. */
+  readonly file?: FlowFile;
+  readonly error?: unknown;
+}
+
 /** Opens or makes the file and takes out what is in it: at most `max` flows, with their age in seconds. */
-export function openFlowFile(
-  path: string,
-  max: number,
-  seconds: number,
-): { readonly file: FlowFile; readonly records: readonly FlowRecord[] } {
+export function openFlowFile(path: string, max: number, seconds: number): OpenedFlows {
   let fd: number;
   try {
     fd = openSync(path, 'r+', 0o600);
   } catch {
     fd = openSync(path, 'w+', 0o600);
   }
+  let records: readonly FlowRecord[] = [];
   try {
-    const records = readRecords(fd, max, seconds);
+    records = readRecords(fd, max, seconds);
     // The slots are given anew, so the old records go.
     ftruncateSync(fd, 0);
-    return { file: new FlowFile(fd, max, seconds), records };
+    return { records, file: new FlowFile(fd, max, seconds) };
   } catch (error) {
     closeSync(fd);
-    throw error;
+    return { records, error };
   }
 }
 

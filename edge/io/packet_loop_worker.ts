@@ -251,9 +251,10 @@ class Loop {
   /** Flows of an earlier life, and a place for those of this one. Without it they live in memory only. */
   #openFlows(path: string, max: number): void {
     try {
-      const { file, records } = openFlowFile(path, max, seconds());
-      this.#flowFile = file;
+      const { file, records, error } = openFlowFile(path, max, seconds());
       this.#proxy.remember(records);
+      if (file === undefined) throw error;
+      this.#flowFile = file;
       this.#proxy.flows.watcher = file;
     } catch (error) {
       this.#notice(`the file of flows, ${path}: ${messageOf(error)}`);
@@ -599,16 +600,15 @@ class Loop {
       whole.u8.set(u8.subarray(bodyAt[i]!, bodyAt[i]! + bodyLength[i]!), to);
     const cutter = new Cutter(this.#data.config.vni);
     if (!cutter.cut(whole, 0, joiner.size)) return;
+    // What follows in the inbox is not read yet: memory of its own, with an empty virtio header in front.
+    const out = sys.allocate(VNET.size + headerLength + joiner.size);
     for (let i = 0; i < cutter.count; i++) {
-      // Copied behind a virtio header of its own; the buffer is free, its packets have gone.
-      const header = cutter.headerLength - TUNNEL.size;
       const from = cutter.headerAt[i]! + TUNNEL.size;
       const body = cutter.bodyAt[i]!;
-      u8.fill(0, HEADROOM - VNET.size, HEADROOM);
-      u8.set(cutter.headers.u8.subarray(from, from + header), HEADROOM);
-      u8.set(whole.u8.subarray(body, body + cutter.bodyLength[i]!), HEADROOM + header);
-      const length = VNET.size + header + cutter.bodyLength[i]!;
-      this.#writeTun(this.#inbox.address + HEADROOM - VNET.size, length);
+      const length = cutter.bodyLength[i]!;
+      out.bytes.set(cutter.headers.u8.subarray(from, from + headerLength), VNET.size);
+      out.bytes.set(whole.u8.subarray(body, body + length), VNET.size + headerLength);
+      this.#writeTun(out.address, VNET.size + headerLength + length);
     }
   }
 

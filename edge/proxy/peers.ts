@@ -51,6 +51,7 @@ export class Peer {
       this.seenPort = 0;
       this.seenMs = Number.NEGATIVE_INFINITY;
       this.helloPauseMs = 0;
+      this.joined = true;
     }
     this.ip = ip;
     this.port = port;

@@ -835,6 +835,7 @@ export class ProxyTun {
       case 'unowned':
         this.#missedMs.delete(command.address);
         this.hold.giveUp(command.address, (held) => {
+          this.counters[COUNT.packets_given_up]!++;
           if (held.leaving) this.#refuse(held.at, now);
         });
         return;
@@ -935,8 +936,9 @@ export class ProxyTun {
     this.counters[COUNT.flows_expired]! += this.flows.sweep(sweep, now);
     this.counters[COUNT.flows] = this.flows.size;
     this.routes.prunePeers(now);
-    const { fragments } = this.hold.expire(now);
+    const { fragments, packets } = this.hold.expire(now);
     this.counters[DROP.fragment_orphan]! += fragments;
+    this.counters[COUNT.packets_given_up]! += packets;
     for (const [address, last] of this.#missedMs) {
       if (now - last < MISS_REPORT_MS) break;
       this.#missedMs.delete(address);

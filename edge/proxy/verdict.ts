@@ -70,6 +70,7 @@ export const COUNTERS = [
   'fragments_held',
   'packets_held',
   'packets_resumed',
+  'packets_given_up',
   'icmp_made',
   'resets_made',
   'misses_reported',

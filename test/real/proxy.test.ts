@@ -1,7 +1,7 @@
 // The data plane with a real kernel: TUN devices, namespaces, sockets; no control plane, routes are told by hand.
 //
 //   client, web 2 ── host 1      cart 1, db ── host 2      cart 2 ── host 3       underlay 10.78.0.0/24
-import { type ChildProcess, spawn } from 'node:child_process';
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -17,6 +17,7 @@ import {
   ProxyLab,
   type Runtime,
   runtimeArgv,
+  SERVICES,
   shell,
 } from '../../scripts/proxy_lab.ts';
 import { formatIpv4, ipv4 } from '../../src/addr.ts';
@@ -277,6 +278,20 @@ proxy('a route that is missing is asked for, and the packet that missed it is no
   assert.equal(await running, { ok: 1, bad: [] });
 });
 
+proxy('an address that nobody has: its client is refused as soon as that is known', async () => {
+  const [one] = lab.hosts;
+  const nobody = ipv4(SERVICES + 0xff00);
+  let from = one!.reports.length;
+  const running = peer(client.netns, 'hold', formatIpv4(nobody), 7000);
+  await until('the refusal', () => {
+    for (const report of one!.reports.slice(from))
+      if (report.kind === 'miss' && report.address === nobody)
+        one!.send({ kind: 'unowned', address: nobody });
+    from = one!.reports.length;
+    return running.lines.some(({ event }) => event === 'ECONNREFUSED');
+  });
+});
+
 proxy('a node that cannot be reached, and one where nothing listens, stop nothing', async () => {
   const [one] = lab.hosts;
   const ghost = (nodeIp: string, n: number) => ({
@@ -360,10 +375,56 @@ proxy('probes are answered by the loop itself, with the status it was given', as
   assert.ok(found!.rttNs > 1_000 && found!.rttNs < 1e9);
 });
 
+proxy('TTL: what runs out between the nodes is answered and counted', async () => {
+  const before = await lab.hosts[0]!.counters();
+  // The host takes one as a router, the loop another.
+  spawnSync('ip', [
+    'netns',
+    'exec',
+    client.netns,
+    'busybox',
+    'ping',
+    '-c',
+    '1',
+    '-W',
+    '1',
+    '-t',
+    '2',
+    iip(cart1),
+  ]);
+  await until('it to be counted', async () => {
+    const after = await lab.hosts[0]!.counters();
+    return (
+      after['drop_ttl_exceeded']! > before['drop_ttl_exceeded']! && after['icmp_made']! > before['icmp_made']!
+    );
+  });
+});
+
+for (const without of [['gso', 'gro'], ['uso'], ['tso', 'gso', 'gro']] as const)
+  proxy(`without ${without.join(', ')} everything arrives whole, in more packets`, async () => {
+    const [one, two] = lab.hosts;
+    for (const host of [one!, two!]) {
+      await host.stop();
+      await host.start(runtime, { without });
+    }
+    lab.tellAll();
+    assert.equal(await ask(client.netns, 'tcp', iip(cart1), 7000, 4, 300_000), { ok: 4, bad: [] });
+    assert.equal(await ask(client.netns, 'tcp', iip(web2), 7000, 2, 300_000), { ok: 2, bad: [] });
+    for (const size of [64, 1_400, 8_000])
+      assert.equal(await ask(client.netns, 'udp', iip(cart1), 7000, size, 4), { ok: 4, bad: [] }, `${size}`);
+    const counters = await one!.counters();
+    if ((without as readonly string[]).includes('tso'))
+      assert.is(counters['segmented_packets']! + counters['joined_packets']!, 0);
+  });
+
 proxy('kill -9 of the loop: its flows go on within 2 s of its start, ServiceIPs included', async () => {
   const [one] = lab.hosts;
   const flowsFile = join(tmpdir(), `${lab.prefix}-flows`);
   try {
+    for (const host of lab.hosts.slice(1, 2)) {
+      await host.stop();
+      await host.start(runtime);
+    }
     await one!.stop();
     await one!.start(runtime, { flowsFile });
     lab.tellAll();

@@ -31,7 +31,11 @@ async function echo(instance: LabInstance): Promise<void> {
   const argv = inside(instance.netns, ...runtimeArgv('node'), PEER, 'echo', '7000', instance.service);
   const child = spawn(argv[0]!, argv.slice(1), { stdio: ['ignore', 'pipe', 'inherit'] });
   children.push(child);
-  await new Promise((resolve) => createInterface({ input: child.stdout }).once('line', resolve));
+  let ready = false;
+  createInterface({ input: child.stdout }).once('line', () => {
+    ready = true;
+  });
+  await eventually(() => ready, `${instance.service} to serve`, 30_000);
 }
 
 function tcp(from: LabInstance, to: LabInstance): unknown {
@@ -129,6 +133,18 @@ nat('a data packet from the address of a node, and a port that it has not proved
   );
   assert.is((await one!.counters())['peers_learned'], before['peers_learned']);
   assert.equal(tcp(web, cart), { ok: 4, bad: [] });
+});
+
+nat('a narrower hop that answers by ICMP is found out: connections go on in smaller packets', async () => {
+  const [one, two] = lab.hosts;
+  const before = await one!.counters();
+  // The NAT is a router too: what is too large for its inner link it refuses to the sender of the tunnel.
+  shell(['ip', '-n', `${lab.prefix}-n`, 'link', 'set', 'in0', 'mtu', '1300']);
+  shell(['ip', '-n', two!.netns, 'link', 'set', 'up0', 'mtu', '1300']);
+  assert.equal(tcp(web, cart), { ok: 4, bad: [] });
+  const after = await one!.counters();
+  assert.ok(after['drop_too_big']! > before['drop_too_big']!, 'the kernel learned it from the hop');
+  assert.ok(after['icmp_made']! > before['icmp_made']!, 'and the client was told');
 });
 
 nat('without the secret nobody can claim to be that node', async () => {

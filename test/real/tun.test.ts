@@ -1,7 +1,27 @@
 // node-tun against the kernel: the device, its offloads, and errors with a name.
 import { readFileSync } from 'node:fs';
 import process from 'node:process';
-import { ERRNO, errnoName, openTun, openTunnelSocket, pathMtu, system, TunError } from 'node-tun';
+import {
+  ERRNO,
+  errnoName,
+  openTun,
+  openTunnelSocket,
+  pathMtu,
+  SOL_UDP,
+  type System,
+  system,
+  TUN_F_CSUM,
+  TUN_F_TSO4,
+  TUN_F_TSO6,
+  TUN_F_USO4,
+  TUN_F_USO6,
+  TUNSETOFFLOAD,
+  TunError,
+  type TunnelSocket,
+  type TunnelSocketOptions,
+  UDP_GRO,
+  UDP_SEGMENT,
+} from 'node-tun';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 
@@ -36,9 +56,74 @@ test('openTun names the step that failed and leaves no device', () => {
   assert.not.match(readFileSync('/proc/net/dev', 'utf8'), `${name}:`);
 });
 
+/** The kernel, but for TUNSETOFFLOAD and socket options that it does not know. */
+function older(offloads: number, options: readonly number[] = []): System {
+  return {
+    ...system,
+    ioctlValue: (fd, request, argument) =>
+      request === TUNSETOFFLOAD && (argument & ~offloads) !== 0
+        ? -ERRNO.EINVAL
+        : system.ioctlValue(fd, request, argument),
+    setsockopt: (fd, level, option, value, length) =>
+      level === SOL_UDP && options.includes(option)
+        ? -ERRNO.EPROTONOSUPPORT
+        : system.setsockopt(fd, level, option, value, length),
+  };
+}
+
+test('openTun takes what an older kernel grants, and says what it does not', () => {
+  const base = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6;
+  for (const [offloads, checksum, tso, uso] of [
+    [base | TUN_F_USO4 | TUN_F_USO6, true, true, true],
+    [base, true, true, false],
+    [TUN_F_CSUM, true, false, false],
+    [0, false, false, false],
+  ] as const) {
+    const tun = openTun(older(offloads), { name, mtu: 1464, queue: 500 });
+    system.close(tun.fd);
+    assert.equal([tun.checksum, tun.tso, tun.uso], [checksum, tso, uso]);
+    assert.is(tun.refused.length, [checksum, tso, uso].filter((granted) => !granted).length);
+  }
+  for (const [without, tso, uso] of [
+    [['uso'], true, false],
+    [['tso'], false, false],
+  ] as const) {
+    const tun = openTun(system, { name, mtu: 1464, queue: 500, without });
+    system.close(tun.fd);
+    assert.equal([tun.checksum, tun.tso, tun.uso, tun.refused], [true, tso, uso, []], `${without}`);
+  }
+});
+
+/** A socket of that kernel on a port that is free, asked for again when another program was first. */
+function socketOn(sys: System, more: Partial<TunnelSocketOptions> = {}): TunnelSocket & { port: number } {
+  for (let tries = 0; ; tries++) {
+    const port = 20_000 + ((process.pid * 7 + tries * 101) % 10_000);
+    try {
+      return { ...openTunnelSocket(sys, { address: 0x7f000001, port, buffer: 1 << 20, ...more }), port };
+    } catch (error) {
+      if (!(error instanceof TunError) || error.errno !== ERRNO.EADDRINUSE || tries >= 50) throw error;
+    }
+  }
+}
+
+test('openTunnelSocket does without what an older kernel has not, or has broken', () => {
+  for (const [sys, more, gso, gro, refused] of [
+    [older(0, [UDP_GRO]), {}, true, false, 1],
+    [older(0, [UDP_GRO, UDP_SEGMENT]), {}, false, false, 2],
+    [system, { kernel: '5.11.0-generic' }, true, false, 1],
+    [system, { kernel: '5.12.0' }, true, true, 0],
+    [system, { kernel: '10.0' }, true, true, 0],
+    [system, { without: ['gso', 'gro'] }, false, false, 0],
+  ] as const) {
+    const socket = socketOn(sys, more);
+    system.close(socket.fd);
+    assert.equal([socket.gso, socket.gro, socket.refused.length], [gso, gro, refused], JSON.stringify(more));
+  }
+});
+
 test('openTunnelSocket binds with offloads; a second one on its port is an error that says so', () => {
-  const port = 20_000 + (process.pid % 10_000);
-  const socket = openTunnelSocket(system, { address: 0x7f000001, port, buffer: 1 << 20 });
+  const socket = socketOn(system);
+  const { port } = socket;
   try {
     assert.ok(socket.gso && socket.gro);
     assert.throws(

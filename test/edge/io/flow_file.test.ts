@@ -3,8 +3,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { openFlowFile } from '../../../edge/io/flow_file.ts';
-import { FLOW_STATE, Flow, FlowTable } from '../../../edge/proxy/flows.ts';
+import { type FlowFile, openFlowFile } from '../../../edge/io/flow_file.ts';
+import { FLOW_STATE, Flow, type FlowRecord, FlowTable } from '../../../edge/proxy/flows.ts';
 import type { InstanceEntry } from '../../../edge/proxy/routes.ts';
 import { Rng } from '../../../src/rng.ts';
 import { TCP_ACK, TCP_SYN } from '../../../src/wire/tcp.ts';
@@ -14,9 +14,18 @@ const directory = mkdtempSync(join(tmpdir(), 'edgeway-flows-'));
 const path = join(directory, 'flows');
 test.after(() => rmSync(directory, { recursive: true, force: true }));
 
+function opened(...how: Parameters<typeof openFlowFile>): {
+  readonly file: FlowFile;
+  readonly records: readonly FlowRecord[];
+} {
+  const { file, records, error } = openFlowFile(...how);
+  if (file === undefined) throw error;
+  return { file, records };
+}
+
 test('FlowFile gives back the flows that were there, in their last state, and none that had gone', () => {
   rmSync(path, { force: true });
-  const { file, records } = openFlowFile(path, 100, 1_000);
+  const { file, records } = opened(path, 100, 1_000);
   assert.equal(records, []);
   const table = new FlowTable(100);
   table.watcher = file;
@@ -26,7 +35,7 @@ test('FlowFile gives back the flows that were there, in their last state, and no
   table.setState(flows[0]!, FLOW_STATE.established);
   table.remove(flows[1]!);
   file.close();
-  const again = openFlowFile(path, 100, 1_060);
+  const again = opened(path, 100, 1_060);
   again.file.close();
   assert.equal(
     again.records.map(({ port, wirePort, state, ageS }) => ({ port, wirePort, state, ageS })),
@@ -36,7 +45,7 @@ test('FlowFile gives back the flows that were there, in their last state, and no
     ],
   );
   assert.is(again.records[0]!.dialled, 0xac1e000a);
-  assert.is(openFlowFile(path, 100, 2_000).records.length, 0, 'taken out once');
+  assert.is(opened(path, 100, 2_000).records.length, 0, 'taken out once');
 });
 
 test('openFlowFile survives noise of any length', () => {
@@ -45,7 +54,7 @@ test('openFlowFile survives noise of any length', () => {
     const noise = Uint8Array.from({ length: rng.below(400) }, () => rng.u32());
     if (i % 2 === 0) noise.set([0x45, 0x57, 0x46, 0x4c, 1].slice(0, noise.length));
     writeFileSync(path, noise);
-    const { file, records } = openFlowFile(path, 10, 1_000);
+    const { file, records } = opened(path, 10, 1_000);
     file.close();
     assert.ok(records.length <= 10);
     const node = new NodeUnderTest(1);
@@ -58,7 +67,7 @@ test('openFlowFile survives noise of any length', () => {
 test('remembered flows come back with the route of their instance, and go on as if nothing had been', () => {
   rmSync(path, { force: true });
   const first = new NodeUnderTest(1);
-  const { file } = openFlowFile(path, 1_024, 1_000);
+  const { file } = opened(path, 1_024, 1_000);
   first.proxy.flows.watcher = file;
   first.apply(cartCommand(1, [1]));
   first.leave(tcp({ source: CLIENT, target: CART_RR }, TCP_SYN));
@@ -68,7 +77,7 @@ test('remembered flows come back with the route of their instance, and go on as 
   );
   file.close();
   const second = new NodeUnderTest(1);
-  second.proxy.remember(openFlowFile(path, 1_024, 1_002).records);
+  second.proxy.remember(opened(path, 1_024, 1_002).records);
   // Its instance is not there yet: it waits, and is not told that there is no such connection.
   second.apply(cartCommand(1, [2]));
   assert.is(second.leave(tcp({ source: CLIENT, target: CART_RR }, TCP_ACK)), 'no_flow');
@@ -86,7 +95,7 @@ test('remembered flows come back with the route of their instance, and go on as 
 
 test('a flow that goes on being used does not look idle, whenever it was made', () => {
   rmSync(path, { force: true });
-  const { file } = openFlowFile(path, 1_024, 1_000);
+  const { file } = opened(path, 1_024, 1_000);
   const first = new NodeUnderTest(1);
   first.proxy.flows.watcher = file;
   for (const sourcePort of [1, 2]) first.leave(udp({ source: CLIENT, target: CART_RR, sourcePort }));
@@ -97,7 +106,7 @@ test('a flow that goes on being used does not look idle, whenever it was made', 
     first.leave(udp({ source: CLIENT, target: CART_RR, sourcePort: 1 }));
   }
   file.close();
-  const { file: again, records } = openFlowFile(path, 1_024, 1_601);
+  const { file: again, records } = opened(path, 1_024, 1_601);
   again.close();
   const age = (port: number): number => records.find((record) => record.port === port)!.ageS;
   assert.ok(age(1) <= 31, `${age(1)}`);
@@ -106,7 +115,7 @@ test('a flow that goes on being used does not look idle, whenever it was made', 
 
 test('FlowFile writes by block when it is told to, and says what the disk says against it', () => {
   rmSync(path, { force: true });
-  const { file } = openFlowFile(path, 1_024, 1_000);
+  const { file } = opened(path, 1_024, 1_000);
   const table = new FlowTable(1_024);
   table.watcher = file;
   const instance = { instanceIp: 0xac1e0201, flows: 0, dialled: 0 } as InstanceEntry;
@@ -124,7 +133,7 @@ test('FlowFile writes by block when it is told to, and says what the disk says a
   // The descriptor is closed: as a disk that has gone.
   table.remove([...table][0]!);
   assert.throws(() => file.write());
-  assert.throws(() => openFlowFile('/dev/full', 10, 0), /ENOSPC|EINVAL|os error/);
+  assert.ok(openFlowFile('/dev/full', 10, 0).error instanceof Error);
 });
 
 test.run();
