@@ -17,7 +17,7 @@ import process from 'node:process';
 import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { formatIpv4 } from '../src/addr.ts';
-import { MTU_DEFAULT, VNI_DEFAULT } from '../src/limits.ts';
+import { FLOWS_MAX, MTU_DEFAULT, VNI_DEFAULT } from '../src/limits.ts';
 import { inside, type LabHost, ProxyLab, type Runtime, runtimeArgv, shell } from './proxy_lab.ts';
 
 const PATHS = ['veth', 'vxlan', 'kernel', 'node', 'deno', 'same_node'] as const;
@@ -472,6 +472,14 @@ print([
     ),
     least,
     aim,
+  ]),
+]);
+console.log();
+print([
+  ['ns per decision', '10 services', '10,000', `10,000, ${FLOWS_MAX} flows in turn`],
+  ...Object.entries(tables).map(([runtime, of]) => [
+    runtime,
+    ...['services_10_ns', 'services_10000_ns', 'flows_full_ns'].map((name) => String(of[name])),
   ]),
 ]);
 if (Object.keys(soaked).length > 0) console.log(`\nresident set under load, MB: ${JSON.stringify(soaked)}`);
