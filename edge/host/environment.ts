@@ -8,7 +8,7 @@ import type { PortMapping } from '../../src/model.ts';
 import { layoutOf } from '../../src/plan.ts';
 import type { Container, Files, Runner } from '../ports.ts';
 import { apply, clear, type Host } from './apply.ts';
-import { Observer } from './observe.ts';
+import { type Foreign, Observer } from './observe.ts';
 import {
   chainOf,
   checkLinkName,
@@ -16,16 +16,18 @@ import {
   linkName,
   type Observed,
   type Plan,
+  planAdjust,
   planAttach,
   planClean,
   planDetach,
+  planIptables,
   planNode,
   planPeers,
   planRules,
   planTun,
   resolvContent,
 } from './plan.ts';
-import { type Publication, publicationsOf } from './rules.ts';
+import { type Publication, publicationsOf, type Target } from './rules.ts';
 import {
   type Attachment,
   EMPTY_STATE,
@@ -57,9 +59,17 @@ export interface NodeRequest {
   readonly mtu: number;
   /** Default true: instances reach each other only through the ProxyTUN. */
   readonly isolated?: boolean;
+  /** UDP port of the ProxyTUN's tunnel; no instance sends there. */
+  readonly tunnelPort?: number;
+  /** Where the node finds its coordination store; no instance does. */
+  readonly stores?: readonly Target[];
   /** The kernel's own VXLAN-GPE device, where it shall carry packets between nodes. */
   readonly carrier?: NonNullable<NodeState['carrier']>;
+  /** Nodes that the carrier reaches, beside those that it knows. */
+  readonly peers?: Peers;
 }
+
+export type Peers = Readonly<Record<string, Peer>>;
 
 export type AttachTarget =
   /** `create`: the namespace is made with the attachment and deleted with it. */
@@ -166,17 +176,16 @@ export class Environment {
     return this.#alone(async () => (await this.#load()).node);
   }
 
-  /** Publishes exactly these ports beside those of attachments. What a process of the host or an instance already
-   *  listens on is left out and returned with the reason. */
+  /** Publishes exactly these ports beside those of attachments, and keeps instances from other nodes' tunnels. What
+   *  somebody else on the host has already is left out and returned with the reason. */
   expose(
     publications: readonly Publication[],
+    tunnelPorts: readonly number[] = [],
   ): Promise<readonly { readonly publication: Publication; readonly reason: string }[]> {
     return this.#alone(async () => {
       const before = await this.#load();
       const node = this.#nodeOf(before);
-      const taken = new Map(
-        [...(await this.#observer.listeners())].map((port) => [port, 'a process of this host']),
-      );
+      const taken = new Map(publications.length === 0 ? [] : await this.#observer.holders(node.table));
       for (const [id, one] of Object.entries(before.attachments))
         for (const port of one.ports) taken.set(`${port.protocol}/${port.source}`, `instance ${id}`);
       const refused: { publication: Publication; reason: string }[] = [];
@@ -188,33 +197,28 @@ export class Environment {
         else exposed.push(publication);
         taken.set(port, 'another service');
       }
-      const after = { ...before, exposed: exposed.map((one) => ({ ...one, targets: [...one.targets] })) };
-      if (JSON.stringify(after.exposed) !== JSON.stringify(before.exposed))
-        await this.#change(before, after, planRules(node, before, after));
+      const after: HostState = {
+        ...before,
+        exposed: exposed.map(({ targets, kept, ...one }) => ({
+          ...one,
+          targets: [...targets],
+          ...(kept === undefined ? {} : { kept: [...kept] }),
+        })),
+        tunnelPorts: [...tunnelPorts],
+      };
+      // Also when the journal says so already: a crash may have come before the rules.
+      await this.#change(before, after, planRules(node, before, after));
       return refused;
     });
   }
 
   /** Adds or moves nodes that the carrier reaches. */
-  addPeers(peers: Readonly<Record<string, Peer>>): Promise<void> {
+  addPeers(peers: Peers): Promise<void> {
     return this.#alone(async () => {
       const before = await this.#load();
       const node = this.#nodeOf(before);
-      const entries = Object.entries({ ...before.peers, ...peers });
-      for (const [id, { prefix }] of entries) {
-        if (overlaps(prefix, node.subnet))
-          throw new EdgewayError(
-            'subnet_taken',
-            `${formatCidr(prefix)} of node "${id}" overlaps ${formatCidr(node.subnet)} of this one`,
-          );
-        const other = entries.find(([name, peer]) => name !== id && overlaps(peer.prefix, prefix));
-        if (other !== undefined)
-          throw new EdgewayError(
-            'subnet_taken',
-            `${formatCidr(prefix)} of node "${id}" overlaps ${formatCidr(other[1].prefix)} of node "${other[0]}"`,
-          );
-      }
-      await this.#changePeers(before, Object.fromEntries(entries));
+      await this.#checkPeers(before, node, peers);
+      await this.#changePeers(before, { ...before.peers, ...peers });
     });
   }
 
@@ -222,18 +226,19 @@ export class Environment {
   removePeer(id: string): Promise<void> {
     return this.#alone(async () => {
       const before = await this.#load();
-      const { [id]: gone, ...peers } = before.peers;
-      if (gone !== undefined) await this.#changePeers(before, peers);
+      const { [id]: _gone, ...peers } = before.peers;
+      if (before.node?.carrier !== undefined) await this.#changePeers(before, peers);
     });
   }
 
-  /** After a reboot: everything that the state file names is there again, with new namespaces where they were ours. */
-  restore(): Promise<void> {
+  /** After a reboot: everything that the state file names is there again, with new namespaces where they were ours.
+   *  `mtu`: the overlay's, where it may have changed. */
+  restore(mtu?: number): Promise<void> {
     return this.#alone(async () => {
       const state = await this.#load();
       const node = this.#nodeOf(state);
       const { bridge: _bridge, tun: _tun, table: _table, foreign: _foreign, ...request } = node;
-      await this.#setupNode(exact(request));
+      await this.#setupNode(exact({ ...request, mtu: mtu ?? node.mtu }));
       for (const [id, one] of Object.entries(state.attachments)) {
         if (one.netnsId !== '' && (await this.#observer.identity(one.netns)) === one.netnsId) continue;
         if (!one.madeNetns) await this.#detach(id);
@@ -243,7 +248,7 @@ export class Environment {
             target: { kind: 'netns', name: one.netns.slice(NETNS_DIR.length + 1), create: true },
             namespaceIp: one.namespaceIp,
             subnet: one.subnet,
-            mtu: one.mtu,
+            mtu: mtu ?? one.mtu,
             ports: one.ports,
             names: { host: one.hostInterface, inner: one.inner },
           });
@@ -266,7 +271,9 @@ export class Environment {
 
   /** The host's routes and addresses, our own devices left out: a node subnet must overlap none of them. */
   hostRoutes(): Promise<readonly Cidr[]> {
-    return this.#alone(async () => this.#foreignPrefixes(await this.#load()));
+    return this.#alone(async () =>
+      (await this.#foreignPrefixes(await this.#load())).map(({ prefix }) => prefix),
+    );
   }
 
   // ---- inside the queue ----
@@ -288,27 +295,40 @@ export class Environment {
 
   async #setupNode(request: NodeRequest): Promise<void> {
     const before = await this.#load();
-    const { gateway = layoutOf(request.subnet).bridge, isolated = true, ...rest } = request;
+    const {
+      gateway = layoutOf(request.subnet).bridge,
+      isolated = true,
+      peers = {},
+      stores,
+      ...rest
+    } = request;
     if (!contains(request.subnet, gateway))
       throw new EdgewayError(
         'invalid_request',
         `${formatIpv4(gateway)} does not lie in ${formatCidr(request.subnet)}`,
       );
-    const foreign = (await this.#foreignPrefixes(before)).filter(
-      (cidr) =>
-        request.platform !== undefined &&
-        overlaps(cidr, request.platform) &&
-        !overlaps(cidr, request.subnet) &&
-        !(request.services !== undefined && overlaps(cidr, request.services)),
-    );
+    const found = await this.#foreignPrefixes(before);
+    // An agent claims a subnet that is free here; whoever brings a carrier chose without asking the host.
+    if (request.carrier !== undefined) checkClear(request.subnet, 'the subnet', found);
+    const foreign = found
+      .map(({ prefix }) => prefix)
+      .filter(
+        (cidr) =>
+          request.platform !== undefined &&
+          overlaps(cidr, request.platform) &&
+          !overlaps(cidr, request.subnet) &&
+          !(request.services !== undefined && overlaps(cidr, request.services)),
+      );
     const node: NodeState = {
       ...this.#names,
       table: this.#table,
       ...rest,
       gateway,
       isolated,
-      foreign: [...foreign],
+      foreign,
+      ...(stores === undefined ? {} : { stores: [...stores] }),
     };
+    await this.#checkPeers(before, node, peers);
     const observed = await this.#observeNode(node);
     const madeTable =
       observed.iptables === 'absent' &&
@@ -319,8 +339,9 @@ export class Environment {
       node,
       sysctls: touches ? { ...before.sysctls, 'net/ipv4/ip_forward': observed.forward } : before.sysctls,
       filterTableIsOurs: before.filterTableIsOurs || madeTable,
+      peers: { ...before.peers, ...peers },
     };
-    await this.#change(before, after, planNode(after, node, observed), async () => {
+    await this.#change(before, after, planNode(before, after, node, observed), async () => {
       if (madeTable) await this.#dropEmptyFilterTable();
     });
   }
@@ -329,11 +350,11 @@ export class Environment {
     const found = await this.#load();
     const node = this.#nodeOf(found);
     const target = await this.#netnsOf(request.target);
-    const known = found.attachments[request.id];
-    await this.#checkFree(found, request);
+    const known = attachmentOf(found, request.id);
+    await this.#checkFree(found, request, target.identity);
     if (known !== undefined) {
       if (await this.#holds(known, request, target.identity, node.bridge))
-        return attached(await this.#publish(found, node, request.id, known, request.ports ?? []));
+        return attached(await this.#adjust(found, node, known, request));
       await this.#detach(request.id);
     } else if (target.create && target.identity !== '')
       throw new EdgewayError(
@@ -345,7 +366,7 @@ export class Environment {
     const links = fresh ? [] : await this.#observer.links(target.path);
     const resolv = await this.#resolvOf(request);
     const attachment: Attachment = {
-      target: request.target.kind === 'pid' ? `pid ${request.target.pid}` : `netns ${request.target.name}`,
+      target: describe(request.target),
       netns: target.path,
       // A namespace of our own making is known by its name.
       netnsId: fresh ? '' : target.identity,
@@ -366,28 +387,44 @@ export class Environment {
       hasDefault: !fresh && (await this.#observer.hasDefaultRoute(target.path)),
       ipv6: await this.#observer.hasIpv6(),
     };
-    await this.#change(before, after, planAttach(node, request.id, attachment, seen, before, after));
+    await this.#change(before, after, [
+      ...(await this.#roomInForward(node)),
+      ...planAttach(node, request.id, attachment, seen, before, after),
+    ]);
     return attached(attachment);
   }
 
-  /** Other ports for an attachment that otherwise holds. */
-  async #publish(
+  /** What may change while an attachment holds: its ports and the MTU of its link. Done also when the journal says so
+   *  already, since a crash may have come before it was. */
+  async #adjust(
     before: HostState,
     node: NodeState,
-    id: string,
     known: Attachment,
-    ports: readonly PortMapping[],
+    request: AttachRequest,
   ): Promise<Attachment> {
-    if (JSON.stringify(known.ports) === JSON.stringify(ports)) return known;
-    const changed = { ...known, ports: [...ports] };
-    const after = { ...before, attachments: { ...before.attachments, [id]: changed } };
-    await this.#change(before, after, planRules(node, before, after));
+    const changed = { ...known, mtu: request.mtu, ports: [...(request.ports ?? [])] };
+    const after = { ...before, attachments: { ...before.attachments, [request.id]: changed } };
+    await this.#change(before, after, [
+      ...(await this.#roomInForward(node)),
+      ...planAdjust(node, known, changed, before, after),
+    ]);
     return changed;
   }
 
-  /** The address and the ports belong to no other attachment, and no process of the host listens on the ports. */
-  async #checkFree(state: HostState, request: AttachRequest): Promise<void> {
+  /** Our chain of iptables, where somebody flushed it. */
+  async #roomInForward(node: NodeState): Promise<Plan> {
+    return (await this.#observeIptables(node.bridge)) === 'absent' ? planIptables(node) : [];
+  }
+
+  /** The address, the namespace and the ports belong to no other attachment, and the ports to nobody else on the host. */
+  async #checkFree(state: HostState, request: AttachRequest, identity: string): Promise<void> {
     const others = Object.entries(state.attachments).filter(([id]) => id !== request.id);
+    for (const [id, one] of others)
+      if (identity !== '' && (await this.#observer.identity(one.netns)) === identity)
+        throw new EdgewayError(
+          'instance_exists',
+          `instance ${id} lives in the network namespace of ${describe(request.target)}: one namespace, one instance`,
+        );
     const holder = others.find(([, one]) => one.namespaceIp === request.namespaceIp);
     if (holder !== undefined)
       throw new EdgewayError(
@@ -396,34 +433,61 @@ export class Environment {
       );
     const wanted = request.ports ?? [];
     if (wanted.length === 0) return;
-    const own = state.attachments[request.id]?.ports ?? [];
+    const own = attachmentOf(state, request.id)?.ports ?? [];
     const rest = { attachments: Object.fromEntries(others), exposed: state.exposed };
     const published = publicationsOf(rest);
-    const listeners = await this.#observer.listeners();
-    wanted.forEach(({ protocol, source }, at) => {
+    const holders = await this.#observer.holders(this.#table);
+    for (const [at, { protocol, source }] of wanted.entries()) {
       const same = (one: { readonly protocol: string; readonly source: number }): boolean =>
         one.protocol === protocol && one.source === source;
       const by = wanted.slice(0, at).some(same)
         ? 'wanted twice'
         : published.some(same)
           ? 'published for another instance'
-          : !own.some(same) && listeners.has(`${protocol}/${source}`)
-            ? 'held by a process of this host'
-            : undefined;
-      if (by !== undefined)
+          : undefined;
+      const holder = own.some(same) ? undefined : holders.get(`${protocol}/${source}`);
+      if (by !== undefined || holder !== undefined)
         throw new EdgewayError(
           'port_taken',
-          `${protocol} port ${source} for instance ${request.id} is ${by}`,
+          `${protocol} port ${source} for instance ${request.id} is ${by ?? `held by ${holder}`}`,
         );
-    });
+    }
   }
 
-  async #changePeers(before: HostState, peers: HostState['peers']): Promise<void> {
+  /** Prefixes overlap neither each other, nor this node's subnet, nor what the host has; and the way to a node does not
+   *  lead through the carrier itself. `peers`: those that come or move, beside the ones of `before`. */
+  async #checkPeers(before: HostState, node: NodeState, peers: Peers): Promise<void> {
+    const all = Object.entries({ ...before.peers, ...peers });
+    const found = Object.keys(peers).length === 0 ? [] : await this.#foreignPrefixes(before);
+    for (const [id, { prefix }] of all) {
+      if (overlaps(prefix, node.subnet))
+        throw new EdgewayError(
+          'subnet_taken',
+          `${formatCidr(prefix)} of node "${id}" overlaps ${formatCidr(node.subnet)} of this one`,
+        );
+      const other = all.find(([name, peer]) => name !== id && overlaps(peer.prefix, prefix));
+      if (other !== undefined)
+        throw new EdgewayError(
+          'subnet_taken',
+          `${formatCidr(prefix)} of node "${id}" overlaps ${formatCidr(other[1].prefix)} of node "${other[0]}"`,
+        );
+      const inside = all.find(([, peer]) => contains(prefix, peer.endpoint));
+      if (inside !== undefined)
+        throw new EdgewayError(
+          'invalid_request',
+          `${formatCidr(prefix)} of node "${id}" holds ${formatIpv4(inside[1].endpoint)}, where node "${inside[0]}" is reached: what carries packets cannot be carried itself`,
+        );
+      if (Object.hasOwn(peers, id)) checkClear(prefix, `node "${id}"`, found);
+    }
+  }
+
+  async #changePeers(before: HostState, peers: Peers): Promise<void> {
     const node = this.#nodeOf(before);
     if (node.carrier === undefined)
       throw new EdgewayError('invalid_request', 'this node was set up without a carrier to other nodes');
     const after = { ...before, peers };
-    await this.#change(before, after, planPeers(node, node.carrier, before, after));
+    const carried = await this.#observer.carried(node.carrier.device);
+    await this.#change(before, after, planPeers(node, node.carrier, before, after, carried));
   }
 
   /** Journal first, then the host; when the plan fails and was undone, the journal goes back too. */
@@ -447,7 +511,7 @@ export class Environment {
     return state.node;
   }
 
-  async #foreignPrefixes(state: HostState): Promise<readonly Cidr[]> {
+  async #foreignPrefixes(state: HostState): Promise<readonly Foreign[]> {
     const ours = new Set([this.#names.bridge, this.#names.tun, state.node?.carrier?.device]);
     for (const one of Object.values(state.attachments)) ours.add(one.hostInterface);
     return await this.#observer.prefixes((link) => ours.has(link));
@@ -459,7 +523,8 @@ export class Environment {
     if (forward === undefined)
       throw new EdgewayError('host_unsupported', 'this kernel has no net.ipv4.ip_forward');
     return {
-      links: (await observer.links()).map((link) => link.ifname),
+      links: new Map((await observer.links()).map((link) => [link.ifname, link.mtu])),
+      carried: node.carrier === undefined ? [] : await observer.carried(node.carrier.device),
       bridgeAddresses: (await observer.addresses()).get(node.bridge) ?? [],
       forward,
       ipv6: await observer.hasIpv6(),
@@ -510,7 +575,7 @@ export class Environment {
     return { path, identity, create };
   }
 
-  /** The attachment is as the request wants it, on the host too. */
+  /** The attachment is as the request wants it, on the host too, but for what can be changed in place. */
   async #holds(
     known: Attachment,
     request: AttachRequest,
@@ -518,7 +583,7 @@ export class Environment {
     bridge: string,
   ): Promise<boolean> {
     if (identity === '' || (!known.madeNetns && known.netnsId !== identity)) return false;
-    if (known.namespaceIp !== request.namespaceIp || known.mtu !== request.mtu) return false;
+    if (known.namespaceIp !== request.namespaceIp) return false;
     if (formatCidr(known.subnet) !== formatCidr(request.subnet)) return false;
     const links = await this.#observer.links();
     if (!links.some((link) => link.ifname === known.hostInterface && link.master === bridge)) return false;
@@ -530,7 +595,7 @@ export class Environment {
 
   async #detach(id: string): Promise<void> {
     const state = await this.#load();
-    const known = state.attachments[id];
+    const known = attachmentOf(state, id);
     if (known === undefined) return;
     const { [id]: _gone, ...attachments } = state.attachments;
     const after = { ...state, attachments };
@@ -586,16 +651,22 @@ export class Environment {
   async #restoreSysctls(state: HostState): Promise<void> {
     for (const [path, value] of Object.entries(state.sysctls)) {
       if ((await this.#observer.sysctl(path)) !== '1') continue;
-      if (path === 'net/ipv4/ip_forward' && (await this.#dockerForwards())) {
-        this.#host.log.info({ name: path }, 'forwarding stays on: Docker relies on it');
+      const reliant = path === 'net/ipv4/ip_forward' ? await this.#forwardsToo() : undefined;
+      if (reliant !== undefined) {
+        this.#host.log.info({ name: path, reason: reliant }, 'forwarding stays on');
         continue;
       }
       await clear(this.#host, [{ kind: 'sysctl', path, value }]);
     }
   }
 
-  #dockerForwards(): Promise<boolean> {
-    return this.#observer.succeeds(['iptables', '-w', '10', '-S', 'DOCKER-USER']);
+  /** Who else has rules on this host that rely on forwarding. Our own are gone by now. */
+  async #forwardsToo(): Promise<string | undefined> {
+    if (await this.#observer.succeeds(['iptables', '-w', '10', '-S', 'DOCKER-USER']))
+      return 'Docker relies on it';
+    return (await this.#observer.tables()).some((table) => table !== this.#table)
+      ? 'another Edgeway network of this host relies on it'
+      : undefined;
   }
 
   /** iptables makes its base chains on first use; they go when no rule of anybody is in them. */
@@ -607,6 +678,28 @@ export class Environment {
     if (chains.some((name) => name !== 'INPUT' && name !== 'FORWARD' && name !== 'OUTPUT')) return;
     await this.#host.runner.run(['nft', 'delete', 'table', 'ip', 'filter']);
   }
+}
+
+/** Own properties only: an id may be called like one that every object has. */
+function attachmentOf(state: HostState, id: string): Attachment | undefined {
+  return Object.hasOwn(state.attachments, id) ? state.attachments[id] : undefined;
+}
+
+function describe(target: AttachTarget): string {
+  return target.kind === 'pid' ? `pid ${target.pid}` : `netns ${target.name}`;
+}
+
+/** Neither may the prefix reach into a network that the host is connected to, nor take the place of a route. A wider
+ *  route, such as a VPN's, may stand beside it: the longer prefix wins. */
+function checkClear(prefix: Cidr, whose: string, found: readonly Foreign[]): void {
+  const other = found.find(
+    (one) => overlaps(one.prefix, prefix) && (one.connected || one.prefix.bits >= prefix.bits),
+  );
+  if (other !== undefined)
+    throw new EdgewayError(
+      'subnet_taken',
+      `${formatCidr(prefix)} of ${whose} overlaps ${formatCidr(other.prefix)}, which this host has on ${other.link}`,
+    );
 }
 
 function attached(one: Attachment): Attached {

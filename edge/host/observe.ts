@@ -3,14 +3,12 @@
 import * as v from 'valibot';
 import { type Cidr, ipv4, networkOf, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
+import type { Protocol } from '../../src/model.ts';
 import type { Runner } from '../ports.ts';
 import { enter } from './apply.ts';
+import { publishedSet } from './rules.ts';
 
-const linkSchema = v.object({
-  ifname: v.string(),
-  master: v.optional(v.string()),
-  mtu: v.optional(v.number()),
-});
+const linkSchema = v.object({ ifname: v.string(), mtu: v.number(), master: v.optional(v.string()) });
 const addressSchema = v.object({
   ifname: v.string(),
   addr_info: v.array(v.object({ local: v.string(), prefixlen: v.number() })),
@@ -18,6 +16,14 @@ const addressSchema = v.object({
 const routeSchema = v.object({ dst: v.string(), dev: v.optional(v.string()), type: v.optional(v.string()) });
 
 export type Link = v.InferOutput<typeof linkSchema>;
+
+/** A prefix that a link of the host has. */
+export interface Foreign {
+  readonly prefix: Cidr;
+  readonly link: string;
+  /** The link has an address in it: neighbours are there. */
+  readonly connected: boolean;
+}
 
 export class Observer {
   readonly #runner: Runner;
@@ -43,15 +49,21 @@ export class Observer {
   }
 
   /** Prefixes of every route and address, except those on the links that `ours` names and the loopback's. */
-  async prefixes(ours: (link: string) => boolean): Promise<readonly Cidr[]> {
+  async prefixes(ours: (link: string) => boolean): Promise<readonly Foreign[]> {
     const routes = await this.#json(routeSchema, ['ip', '-j', '-4', 'route', 'show', 'table', 'all']);
-    const found: (Cidr | undefined)[] = [];
+    const found: (Foreign | undefined)[] = [];
     for (const { dst, dev, type } of routes)
       if (dst !== 'default' && type !== 'multicast' && dev !== 'lo' && !(dev !== undefined && ours(dev)))
-        found.push(prefixOf(dst));
+        found.push(foreign(dst, dev ?? type ?? 'a route', false));
     for (const [link, addresses] of await this.addresses())
-      if (link !== 'lo' && !ours(link)) found.push(...addresses.map(prefixOf));
-    return found.filter((prefix) => prefix !== undefined);
+      if (link !== 'lo' && !ours(link)) found.push(...addresses.map((one) => foreign(one, link, true)));
+    return found.filter((one) => one !== undefined);
+  }
+
+  /** Prefixes that the device has a route to; none when there is no such device. */
+  async carried(device: string): Promise<readonly string[]> {
+    const rows = await this.#json(routeSchema, ['ip', '-j', '-4', 'route', 'show', 'table', 'main']);
+    return rows.filter((row) => row.dev === device).map(({ dst }) => (dst.includes('/') ? dst : `${dst}/32`));
   }
 
   /** Identity of a file or namespace, `device:inode`; undefined when there is none. */
@@ -77,18 +89,46 @@ export class Observer {
     return (await this.sysctl('net/ipv6/conf/all/disable_ipv6')) !== undefined;
   }
 
-  /** Ports that a process listens on, other than on loopback alone: `tcp/80`. */
-  async listeners(): Promise<ReadonlySet<string>> {
+  /**
+   * Who has a port of this host already, by `tcp/80`: a process that listens on more than loopback; Docker, which with
+   * `userland-proxy=false` publishes by rules alone; another network of ours on this host. `table`: our own.
+   */
+  async holders(table: string): Promise<ReadonlyMap<string, string>> {
+    const found = new Map<string, string>();
+    // Without Docker there is no such chain.
+    const docker = await this.#runner.run('iptables -w 10 -t nat -S DOCKER'.split(' '));
+    if (docker.status === 0)
+      for (const [, protocol, port] of docker.stdout.matchAll(/-p (tcp|udp) .*--dport (\d+) .*-j DNAT/g))
+        found.set(`${protocol}/${port}`, 'a container of Docker');
+    for (const other of await this.tables())
+      if (other !== table)
+        for (const protocol of ['tcp', 'udp'] as const)
+          for (const port of await this.#published(other, protocol))
+            found.set(
+              `${protocol}/${port}`,
+              `another Edgeway network of this host (nftables table ${other})`,
+            );
     const result = await this.#runner.run(['ss', '-Hlntu']);
     if (result.status !== 0)
       throw new EdgewayError('host_command_failed', `ss -Hlntu: ${result.stderr.trim()}`);
-    const found = new Set<string>();
     for (const line of result.stdout.split('\n')) {
       const [protocol, , , , local = ''] = line.split(/\s+/);
       const colon = local.lastIndexOf(':');
-      if (colon > 0 && !/^(?:127\.|\[::1\])/.test(local)) found.add(`${protocol}/${local.slice(colon + 1)}`);
+      if (colon > 0 && !/^(?:127\.|\[::1\])/.test(local))
+        found.set(`${protocol}/${local.slice(colon + 1)}`, 'a process of this host');
     }
     return found;
+  }
+
+  /** Tables of ours and of other networks of ours on this host. */
+  async tables(): Promise<readonly string[]> {
+    const { stdout } = await this.#runner.run(['nft', 'list', 'tables', 'inet']);
+    return [...stdout.matchAll(/^table inet (edgeway(?:-\S+)?)$/gm)].map((one) => one[1] ?? '');
+  }
+
+  async #published(table: string, protocol: Protocol): Promise<readonly number[]> {
+    const listed = await this.#runner.run(['nft', 'list', 'set', 'inet', table, publishedSet(protocol)]);
+    return [...listed.stdout.matchAll(/(\d+) \. [\d.]+ \. \d+/g)].map((one) => Number(one[1]));
   }
 
   async succeeds(argv: readonly string[]): Promise<boolean> {
@@ -121,11 +161,11 @@ export class Observer {
   }
 }
 
-/** `10.0.0.0/8` or `10.0.0.1`; host bits of an address are cut away. */
-function prefixOf(text: string): Cidr | undefined {
+/** `text`: `10.0.0.0/8` or `10.0.0.1`; host bits of an address are cut away. */
+function foreign(text: string, link: string, connected: boolean): Foreign | undefined {
   const [address = '', length = '32'] = text.split('/');
   const parsed = parseIpv4(address);
   const bits = Number(length);
   if (!parsed.ok || !Number.isInteger(bits)) return undefined;
-  return { base: ipv4(networkOf(parsed.value, bits)), bits };
+  return { prefix: { base: ipv4(networkOf(parsed.value, bits)), bits }, link, connected };
 }

@@ -45,8 +45,10 @@ export interface Observed {
   readonly tableExists: boolean;
   /** Our chain in iptables: absent, present, or the program is not installed. */
   readonly iptables: 'absent' | 'present' | 'not-installed';
-  /** Links that are there. */
-  readonly links: readonly string[];
+  /** MTU of each link that is there. */
+  readonly links: ReadonlyMap<string, number>;
+  /** Prefixes that the carrier has a route to. */
+  readonly carried: readonly string[];
 }
 
 /** iptables chain for hosts whose FORWARD policy is DROP (Docker's); our own restrictions are in nftables. */
@@ -85,13 +87,13 @@ const sysctl = (path: string, value: string, netns?: string): Action => ({
 const step = (act: Action, ...undo: readonly Action[]): Step => ({ act, undo });
 
 /** Bridge, forwarding, rules, carrier. Without the TUN: the packet loop makes that (see planTun). */
-export function planNode(after: HostState, node: NodeState, observed: Observed): Plan {
+export function planNode(before: HostState, after: HostState, node: NodeState, observed: Observed): Plan {
   const { bridge, mtu, carrier } = node;
   const address = `${formatIpv4(node.gateway)}/${node.subnet.bits}`;
   const steps: Step[] = [];
   // Without an address of its own a bridge takes the lowest of its ports' and changes it as they come and go, and
   // instances would lose their gateway until they ask for it again.
-  if (!observed.links.includes(bridge))
+  if (!observed.links.has(bridge))
     steps.push(
       step(ip(`link add ${bridge} address ${macOf(node.gateway)} type bridge`), ip(`link del ${bridge}`)),
     );
@@ -100,10 +102,18 @@ export function planNode(after: HostState, node: NodeState, observed: Observed):
   steps.push(step(sysctl(`net/ipv4/conf/${bridge}/rp_filter`, '1')));
   steps.push(step(sysctl(`net/ipv4/conf/${bridge}/route_localnet`, '0')));
   steps.push(step(sysctl(`net/ipv4/conf/${bridge}/send_redirects`, '0')));
-  steps.push(step(ip(`link set ${bridge} mtu ${mtu}`)));
+  steps.push(linkMtu(bridge, mtu, observed.links.get(bridge)));
+  // With an address the kernel takes the routes away that have it as their source.
+  const former = before.node?.carrier;
+  const formerRoutes =
+    before.node === undefined || former === undefined
+      ? []
+      : Object.values(before.peers).map((peer) => peerRoute(before.node!, former, peer));
   for (const old of observed.bridgeAddresses)
     if (old !== address)
-      steps.push(step(ip(`addr del ${old} dev ${bridge}`), ip(`addr replace ${old} dev ${bridge}`)));
+      steps.push(
+        step(ip(`addr del ${old} dev ${bridge}`), ip(`addr replace ${old} dev ${bridge}`), ...formerRoutes),
+      );
   if (!observed.bridgeAddresses.includes(address))
     steps.push(step(ip(`addr replace ${address} dev ${bridge}`), ip(`addr del ${address} dev ${bridge}`)));
   steps.push(step(ip(`link set ${bridge} up`)));
@@ -112,11 +122,15 @@ export function planNode(after: HostState, node: NodeState, observed: Observed):
   steps.push(
     step(
       { kind: 'nft', ruleset: rulesOf(node, after) },
-      ...(observed.tableExists ? [] : [nftDrop(node.table)]),
+      ...(!observed.tableExists
+        ? [nftDrop(node.table)]
+        : before.node === undefined
+          ? []
+          : [{ kind: 'nft', ruleset: rulesOf(before.node, before) } as const]),
     ),
   );
   if (carrier !== undefined) {
-    if (!observed.links.includes(carrier.device))
+    if (!observed.links.has(carrier.device))
       steps.push(
         step(
           ip(`link add ${carrier.device} mtu ${mtu} type vxlan dstport ${carrier.port} external gpe`),
@@ -125,8 +139,10 @@ export function planNode(after: HostState, node: NodeState, observed: Observed):
       );
     if (observed.ipv6) steps.push(step(sysctl(`net/ipv6/conf/${carrier.device}/disable_ipv6`, '1')));
     steps.push(step(sysctl(`net/ipv4/conf/${carrier.device}/rp_filter`, '1')));
-    steps.push(step(ip(`link set ${carrier.device} mtu ${mtu} up`)));
-    for (const peer of Object.values(after.peers)) steps.push(peerRoute(node, carrier, peer));
+    steps.push(linkMtu(carrier.device, mtu, observed.links.get(carrier.device)));
+    steps.push(step(ip(`link set ${carrier.device} up`)));
+    const { gone, made } = peerRoutes(node, carrier, before, after, observed.carried);
+    steps.push(...gone, ...made);
   }
   if (observed.iptables === 'absent') steps.push(...planIptables(node));
   return steps;
@@ -134,18 +150,50 @@ export function planNode(after: HostState, node: NodeState, observed: Observed):
 
 type Carrier = NonNullable<NodeState['carrier']>;
 
+/** `is`: what it is now, if it is there already. */
+function linkMtu(link: string, mtu: number, is: number | undefined): Step {
+  const undo = is === undefined || is === mtu ? [] : [ip(`link set ${link} mtu ${is}`)];
+  return step(ip(`link set ${link} mtu ${mtu}`), ...undo);
+}
+
 /** The route says which node: one device carries to all of them (ip-route(8), `encap ip`). */
-function peerRoute(node: NodeState, carrier: Carrier, peer: Peer): Step {
-  return step(
-    ip(
-      `route replace ${formatCidr(peer.prefix)} encap ip id ${carrier.vni} dst ${formatIpv4(peer.endpoint)} dev ${carrier.device} src ${formatIpv4(node.gateway)}`,
-    ),
-    peerRouteGone(carrier, peer),
+function peerRoute(node: NodeState, carrier: Carrier, peer: Peer): Action {
+  return ip(
+    `route replace ${formatCidr(peer.prefix)} encap ip id ${carrier.vni} dst ${formatIpv4(peer.endpoint)} dev ${carrier.device} src ${formatIpv4(node.gateway)}`,
   );
 }
 
-function peerRouteGone(carrier: Carrier, peer: Peer): Action {
-  return ip(`route del ${formatCidr(peer.prefix)} dev ${carrier.device}`);
+/**
+ * Routes that no peer has, gone; routes of all peers, made. Told by what is there and not by the journal: that may know
+ * of changes which a crash prevented. Taking back gives a prefix the route that it had, unless the bridge's address
+ * changes too: such a route comes back with the address.
+ */
+function peerRoutes(
+  node: NodeState,
+  carrier: Carrier,
+  before: HostState,
+  after: HostState,
+  carried: readonly string[],
+): { readonly gone: Plan; readonly made: Plan } {
+  const moves = before.node?.gateway !== node.gateway;
+  const former = new Map(
+    Object.values(before.peers).map((peer) => [
+      formatCidr(peer.prefix),
+      moves ? [] : [peerRoute(node, carrier, peer)],
+    ]),
+  );
+  const named = new Set(Object.values(after.peers).map((peer) => formatCidr(peer.prefix)));
+  const drop = (prefix: string): Action => ip(`route del ${prefix} dev ${carrier.device}`);
+  return {
+    gone: carried
+      .filter((prefix) => !named.has(prefix))
+      // Deleting is repeatable: a route that is gone already is what we want.
+      .map((prefix) => ({ act: drop(prefix), undo: former.get(prefix) ?? [], lenient: true })),
+    made: Object.values(after.peers).map((peer) => {
+      const prefix = formatCidr(peer.prefix);
+      return step(peerRoute(node, carrier, peer), ...(former.get(prefix) ?? [drop(prefix)]));
+    }),
+  };
 }
 
 /** New rules for a state that changed; the old ones come back if it does not hold. */
@@ -156,26 +204,15 @@ export function planRules(node: NodeState, before: HostState, after: HostState):
 }
 
 /** Peers that came, went or moved, with the rules that let them in. */
-export function planPeers(node: NodeState, carrier: Carrier, before: HostState, after: HostState): Plan {
-  const steps: Step[] = [];
-  for (const [id, peer] of Object.entries(before.peers)) {
-    const now = after.peers[id];
-    if (now !== undefined && formatCidr(now.prefix) === formatCidr(peer.prefix)) continue;
-    // Deleting is repeatable: a route that is gone already is what we want.
-    steps.push({
-      act: peerRouteGone(carrier, peer),
-      undo: [peerRoute(node, carrier, peer).act],
-      lenient: true,
-    });
-  }
-  steps.push(...planRules(node, before, after));
-  for (const [id, peer] of Object.entries(after.peers)) {
-    const old = before.peers[id];
-    const route = peerRoute(node, carrier, peer);
-    const same = old !== undefined && formatCidr(old.prefix) === formatCidr(peer.prefix);
-    steps.push(same ? { act: route.act, undo: [peerRoute(node, carrier, old).act] } : route);
-  }
-  return steps;
+export function planPeers(
+  node: NodeState,
+  carrier: Carrier,
+  before: HostState,
+  after: HostState,
+  carried: readonly string[],
+): Plan {
+  const { gone, made } = peerRoutes(node, carrier, before, after, carried);
+  return [...gone, ...planRules(node, before, after), ...made];
 }
 
 /** Takes away what planNode and planTun made; each action may find nothing. */
@@ -207,14 +244,21 @@ export function planTun(node: NodeState, tun: string, services: Cidr, forwardedI
   ];
 }
 
-function planIptables(node: NodeState): Plan {
+/** Where Docker puts its containers: whom it lets in there is for its own rules to say. */
+const DOCKER_LINKS = ['docker+', 'br-+'];
+
+/** Room for us in `FORWARD`. */
+export function planIptables(node: NodeState): Plan {
   const chain = chainOf(node.bridge);
   const undo = iptablesClean(node.bridge);
-  const accept = (match: string): Step =>
-    step({ kind: 'iptables', args: `-A ${chain} ${match} -m comment --comment edgeway -j ACCEPT` });
+  const rule = (match: string, verdict: 'ACCEPT' | 'RETURN'): Step =>
+    step({ kind: 'iptables', args: `-A ${chain} ${match} -m comment --comment edgeway -j ${verdict}` });
+  const own = ownLinks(node);
   return [
     step({ kind: 'iptables', args: `-N ${chain}` }, ...undo),
-    ...ownLinks(node).flatMap((link) => [accept(`-i ${link}`), accept(`-o ${link}`)]),
+    ...own.map((link) => rule(`-o ${link}`, 'ACCEPT')),
+    ...DOCKER_LINKS.map((link) => rule(`-i ${node.bridge} -o ${link}`, 'RETURN')),
+    ...own.map((link) => rule(`-i ${link}`, 'ACCEPT')),
     step({ kind: 'iptables', args: `-I FORWARD -m comment --comment edgeway -j ${chain}` }),
   ];
 }
@@ -291,6 +335,31 @@ export function planAttach(
     steps.push(inside(`route replace ${formatCidr(node.platform)} via ${gateway} dev ${inner}`));
   if (one.resolv !== undefined) steps.push(...planResolv(id, one.resolv));
   return steps;
+}
+
+/** Other ports or another MTU for an attachment that otherwise holds. */
+export function planAdjust(
+  node: NodeState,
+  former: Attachment,
+  one: Attachment,
+  before: HostState,
+  after: HostState,
+): Plan {
+  return [
+    ...planRules(node, before, after),
+    ...(former.mtu === one.mtu
+      ? []
+      : [
+          step(
+            ip(`link set ${one.hostInterface} mtu ${one.mtu}`),
+            ip(`link set ${one.hostInterface} mtu ${former.mtu}`),
+          ),
+          step(
+            ip(`link set ${one.inner} mtu ${one.mtu}`, one.netns),
+            ip(`link set ${one.inner} mtu ${former.mtu}`, one.netns),
+          ),
+        ]),
+  ];
 }
 
 function planResolv(id: string, resolv: NonNullable<Attachment['resolv']>): Plan {

@@ -3,6 +3,7 @@
 // on our own links and on "this host's addresses", never on the name of somebody else's interface, so that a default
 // route may move.
 import { type Cidr, formatCidr, formatIpv4, type Ipv4, overlaps } from '../../src/addr.ts';
+import { EWP_DEFAULT } from '../../src/limits.ts';
 import type { Protocol } from '../../src/model.ts';
 import type { HostState, NodeState } from './state.ts';
 
@@ -16,6 +17,8 @@ export interface Publication {
   /** Where it leads the node's own instances, if not there too: a ServiceIP, since isolated instances meet only through
    *  the ProxyTUN. */
   readonly hairpin?: Target | undefined;
+  /** Where conversations that began under other circumstances may go on, and no new one begins. */
+  readonly kept?: readonly Target[] | undefined;
 }
 
 export interface Target {
@@ -32,16 +35,19 @@ export function dropRules(table: string): string {
 
 export function rulesOf(
   node: NodeState,
-  state: Pick<HostState, 'attachments' | 'exposed' | 'peers'>,
+  state: Pick<HostState, 'attachments' | 'exposed' | 'peers' | 'tunnelPorts'>,
 ): string {
+  const publications = publicationsOf(state);
   return `${dropRules(node.table)}table inet ${node.table} {
 ${[
   untracked(node),
   untrackedOut(node),
   input(node, Object.values(state.peers)),
-  forward(node),
-  ports('ports', publicationsOf(state)),
-  ports('hairpin', publicationsOf(state).map(ofInstances)),
+  published(publications),
+  conversations(node),
+  forward(node, state.tunnelPorts),
+  ports('ports', publications),
+  ports('hairpin', publications.map(ofInstances)),
   prerouting(node),
   output(),
   postrouting(node),
@@ -71,18 +77,20 @@ export function macOf(address: Ipv4): string {
 function spoofed(
   attachments: readonly { readonly hostInterface: string; readonly namespaceIp: Ipv4 }[],
 ): Lines {
-  const elements = (items: readonly string[]): Lines =>
-    items.length === 0 ? [] : [`  elements = { ${items.join(', ')} }`];
   return [
-    ...['set ports {', '  type ifname', ...elements(attachments.map((one) => `"${one.hostInterface}"`)), '}'],
-    ...['set owners {', '  type ifname . ether_addr . ipv4_addr'],
-    ...elements(
+    ...set(
+      'ports',
+      'ifname',
+      attachments.map((one) => `"${one.hostInterface}"`),
+    ),
+    ...set(
+      'owners',
+      'ifname . ether_addr . ipv4_addr',
       attachments.map(
         ({ hostInterface, namespaceIp }) =>
           `"${hostInterface}" . ${macOf(namespaceIp)} . ${formatIpv4(namespaceIp)}`,
       ),
     ),
-    '}',
     ...chain('spoofed', 'type filter hook prerouting priority -300', [
       'iifname != @ports accept',
       'ether type ip iifname . ether saddr . ip saddr @owners accept',
@@ -106,23 +114,22 @@ export function publicationsOf(state: Pick<HostState, 'attachments' | 'exposed'>
 
 type Lines = readonly string[];
 
-/** DNS on the bridge and overlay packets need no connection tracking: the proxy keeps the flows. */
+/** DNS on the bridge and overlay packets need no connection tracking: the proxy keeps the flows. Nameserver and
+ *  ProxyTUN come together: a node without services has neither. */
 function untracked(node: NodeState): Lines {
+  if (node.services === undefined) return [];
   const gateway = formatIpv4(node.gateway);
   const subnet = formatCidr(node.subnet);
   return chain('untracked', 'type filter hook prerouting priority raw', [
     `iifname "${node.bridge}" ip daddr ${gateway} udp dport { 53, 5353 } notrack`,
     `iifname "${node.bridge}" ip daddr ${gateway} tcp dport 53 notrack`,
-    ...(node.services === undefined
-      ? []
-      : [
-          `iifname "${node.bridge}" ip saddr ${subnet} ip daddr ${formatCidr(node.services)} notrack`,
-          `iifname "${node.tun}" ip daddr ${subnet} ip daddr != ${gateway} notrack`,
-        ]),
+    `iifname "${node.bridge}" ip saddr ${subnet} ip daddr ${formatCidr(node.services)} notrack`,
+    `iifname "${node.tun}" ip daddr ${subnet} ip daddr != ${gateway} notrack`,
   ]);
 }
 
 function untrackedOut(node: NodeState): Lines {
+  if (node.services === undefined) return [];
   const gateway = formatIpv4(node.gateway);
   return chain('untracked_out', 'type filter hook output priority raw', [
     `oifname "${node.bridge}" ip saddr ${gateway} udp sport { 53, 5353 } notrack`,
@@ -134,17 +141,25 @@ function untrackedOut(node: NodeState): Lines {
 function input(node: NodeState, peers: readonly { readonly endpoint: Ipv4 }[]): Lines {
   const gateway = formatIpv4(node.gateway);
   const endpoints = [...new Set(peers.map((peer) => formatIpv4(peer.endpoint)))];
+  // The device listens on [::] too, and no peer has an IPv6 address.
   const carrier =
     node.carrier === undefined
       ? []
       : endpoints.length === 0
         ? [`udp dport ${node.carrier.port} drop`]
-        : [`udp dport ${node.carrier.port} ip saddr != { ${endpoints.join(', ')} } drop`];
+        : [
+            `meta nfproto ipv6 udp dport ${node.carrier.port} drop`,
+            `udp dport ${node.carrier.port} ip saddr != { ${endpoints.join(', ')} } drop`,
+          ];
   return chain('input', 'type filter hook input priority filter', [
     ...carrier,
     `iifname != ${setOf(ownLinks(node))} accept`,
-    `iifname "${node.bridge}" ip daddr { ${gateway}, 224.0.0.251 } udp dport { 53, 5353 } accept`,
-    `iifname "${node.bridge}" ip daddr ${gateway} tcp dport 53 accept`,
+    ...(node.services === undefined
+      ? []
+      : [
+          `iifname "${node.bridge}" ip daddr { ${gateway}, 224.0.0.251 } udp dport { 53, 5353 } accept`,
+          `iifname "${node.bridge}" ip daddr ${gateway} tcp dport 53 accept`,
+        ]),
     `ip daddr ${gateway} icmp type echo-request accept`,
     'ct state established,related accept',
     'ip protocol igmp accept',
@@ -152,10 +167,62 @@ function input(node: NodeState, peers: readonly { readonly endpoint: Ipv4 }[]): 
   ]);
 }
 
-function forward(node: NodeState): Lines {
+const PROTOCOLS: readonly Protocol[] = ['tcp', 'udp'];
+
+/** The set of what a conversation through a published port may be: node port, target. */
+export function publishedSet(protocol: Protocol): string {
+  return `published_${protocol}`;
+}
+
+function published(publications: readonly Publication[]): Lines {
+  return PROTOCOLS.flatMap((protocol) => {
+    const elements = publications
+      .filter((publication) => publication.protocol === protocol)
+      .flatMap(({ source, targets, hairpin, kept = [] }) =>
+        [...targets, ...(hairpin === undefined ? [] : [hairpin]), ...kept].map(
+          ({ address, port }) => `${source} . ${formatIpv4(address)} . ${port}`,
+        ),
+      );
+    return set(publishedSet(protocol), 'inet_service . ipv4_addr . inet_service', [...new Set(elements)]);
+  });
+}
+
+/** The kernel remembers where a conversation was redirected to for as long as it goes on. It ends, and is told so, when
+ *  the port leads elsewhere or nowhere by now, or when the target is gone. */
+function conversations(node: NodeState): Lines {
+  const live = PROTOCOLS.flatMap((protocol) =>
+    [
+      ['original', 'daddr', 'dport'],
+      ['reply', 'saddr', 'sport'],
+    ].map(
+      ([direction, address, port]) =>
+        `  meta l4proto ${protocol} ct direction ${direction} ct original proto-dst . ip ${address} . ${protocol} ${port} @${publishedSet(protocol)} accept`,
+    ),
+  );
+  const inside = [node.subnet, ...(node.services === undefined ? [] : [node.services])].map(formatCidr);
+  return [
+    'chain conversations {',
+    '  ct state related accept',
+    ...live,
+    '  meta l4proto tcp reject with tcp reset',
+    '  reject with icmpx port-unreachable',
+    '}',
+    // By address: a packet that was redirected here still seems to leave by the link that it had before.
+    ...chain('conversations_out', 'type filter hook output priority filter', [
+      `ct status dnat ct direction original ip daddr { ${inside.join(', ')} } goto conversations`,
+    ]),
+  ];
+}
+
+function forward(node: NodeState, tunnelPorts: readonly number[]): Lines {
   const bridge = `"${node.bridge}"`;
   const others = ownLinks(node).slice(1);
+  const targets = setOf([node.bridge, ...(node.services === undefined ? [] : [node.tun])]);
   return chain('forward', 'type filter hook forward priority filter', [
+    ...platformsOwn(node, tunnelPorts),
+    '# Published ports, in either direction.',
+    `ct status dnat ct direction original oifname ${targets} goto conversations`,
+    `ct status dnat ct direction reply iifname ${targets} goto conversations`,
     ...others.flatMap((other) => [
       `iifname ${bridge} oifname "${other}" accept`,
       `iifname "${other}" oifname ${bridge} accept`,
@@ -164,7 +231,7 @@ function forward(node: NodeState): Lines {
     ...(node.carrier === undefined
       ? []
       : [`iifname "${node.carrier.device}" ct state != established,related drop`]),
-    '# Published ports, in either direction.',
+    // What others redirect, such as a port that Docker publishes.
     'ct status dnat accept',
     ...(node.isolated
       ? ['# Instances meet only through the ProxyTUN.', `iifname ${bridge} oifname ${bridge} drop`]
@@ -173,6 +240,27 @@ function forward(node: NodeState): Lines {
     `oifname ${bridge} ct state established,related accept`,
     `oifname ${setOf(ownLinks(node))} drop`,
   ]);
+}
+
+/**
+ * Other nodes take a frame by the address of the host that it comes from, and what an instance sends leaves under that
+ * address: no instance sends to a port of a tunnel. By port alone, since a host has more addresses than its nodes tell,
+ * and not by what the frame holds, since segments of one large packet are cut apart behind this rule. Nor does an
+ * instance reach the node's coordination store.
+ */
+function platformsOwn(node: NodeState, tunnelPorts: readonly number[]): Lines {
+  const out = `iifname "${node.bridge}" oifname != ${setOf(ownLinks(node))}`;
+  const own = [node.tunnelPort, node.carrier?.port].filter((port) => port !== undefined);
+  const ports = [...new Set([EWP_DEFAULT, ...own, ...tunnelPorts])].toSorted((a, b) => a - b);
+  const stores = (node.stores ?? []).map(({ address, port }) => `${formatIpv4(address)} . ${port}`);
+  return [
+    `${out} udp dport { ${ports.join(', ')} } reject with icmpx admin-prohibited`,
+    ...(stores.length === 0
+      ? []
+      : [
+          `iifname "${node.bridge}" ip daddr . tcp dport { ${[...new Set(stores)].join(', ')} } reject with icmpx admin-prohibited`,
+        ]),
+  ];
 }
 
 /** The bridge first, then the ways to other nodes. */
@@ -200,7 +288,7 @@ function platformStays(node: NodeState, platform: Cidr): Lines {
 /** One lookup per packet, however many ports there are; only a port with several targets has a rule of its own. */
 function ports(name: string, publications: readonly Publication[]): Lines {
   const rules: string[] = [];
-  for (const protocol of ['tcp', 'udp'] as const) {
+  for (const protocol of PROTOCOLS) {
     const simple: string[] = [];
     for (const publication of publications) {
       if (publication.protocol !== protocol) continue;
@@ -250,6 +338,15 @@ function postrouting(node: NodeState): Lines {
     // Not on loopback: the host asking its own bridge would seem to come from another of its addresses.
     `ip saddr ${subnet} oifname != ${setOf([...ownLinks(node), 'lo'])} masquerade`,
   ]);
+}
+
+function set(name: string, type: string, elements: readonly string[]): Lines {
+  return [
+    `set ${name} {`,
+    `  type ${type}`,
+    ...(elements.length === 0 ? [] : [`  elements = { ${elements.join(', ')} }`]),
+    '}',
+  ];
 }
 
 function chain(name: string, hook: string, rules: Lines): Lines {

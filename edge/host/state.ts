@@ -16,6 +16,8 @@ const resolvSchema = v.object({
 const protocolSchema = v.picklist(['tcp', 'udp']);
 const mappingSchema = v.object({ source: portSchema, destination: portSchema, protocol: protocolSchema });
 
+const targetSchema = v.object({ address: ipv4Schema, port: portSchema });
+
 const attachmentSchema = v.object({
   /** For people: `netns NAME` or `pid N`. */
   target: v.string(),
@@ -51,19 +53,22 @@ const nodeSchema = v.object({
   isolated: v.boolean(),
   /** The kernel's own VXLAN-GPE device, where it carries packets between nodes. */
   carrier: v.optional(v.object({ device: v.string(), vni: v.number(), port: portSchema })),
+  /** UDP port of the ProxyTUN's tunnel, where there is one. */
+  tunnelPort: v.optional(portSchema),
+  /** Where the node finds its coordination store: nothing for instances. */
+  stores: v.optional(v.array(targetSchema)),
   /** Prefixes of the host that lie inside the platform and are not ours: instances may go there. */
   foreign: v.array(cidrSchema),
 });
 
 const peerSchema = v.object({ prefix: cidrSchema, endpoint: ipv4Schema });
 
-const targetSchema = v.object({ address: ipv4Schema, port: portSchema });
-
 const exposedSchema = v.object({
   protocol: protocolSchema,
   source: portSchema,
   targets: v.array(targetSchema),
   hairpin: v.optional(targetSchema),
+  kept: v.optional(v.array(targetSchema)),
 });
 
 const stateSchema = v.object({
@@ -76,6 +81,8 @@ const stateSchema = v.object({
   attachments: v.record(v.string(), attachmentSchema),
   /** Ports of this host that lead to services. */
   exposed: v.optional(v.array(exposedSchema), []),
+  /** UDP ports of other nodes' tunnels. */
+  tunnelPorts: v.optional(v.array(portSchema), []),
   /** Other nodes, by id, whose prefixes the carrier reaches. */
   peers: v.optional(v.record(v.string(), peerSchema), {}),
 });
@@ -91,6 +98,7 @@ export const EMPTY_STATE: HostState = {
   filterTableIsOurs: false,
   attachments: {},
   exposed: [],
+  tunnelPorts: [],
   peers: {},
 };
 

@@ -150,13 +150,18 @@ export function createKudo(options: KudoOptions): Kudo {
   > {
     const text = await files.read(nodeFile(stateDir));
     if (text === undefined) return undefined;
-    const nodeId = text.trim();
+    const nodeId = text.replace(/\n$/, '');
     return { environment: environmentOf(nodeId), nodeId };
   }
 
   function environmentOf(nodeId: string): Environment {
     const bridge = linkName(NAMES.bridge, nodeId);
     return new Environment({ runner, files, log, names: { bridge, tun: 'kudo-no-tun' }, stateDir });
+  }
+
+  async function overlayMtu(): Promise<number> {
+    const underlay = await findUnderlay(runner, undefined);
+    return Math.max(underlay.mtu - TUNNEL_OVERHEAD, MTU_MIN);
   }
 
   async function here(nodeId?: string): Promise<Environment> {
@@ -188,29 +193,23 @@ export function createKudo(options: KudoOptions): Kudo {
           );
       await files.write(nodeFile(stateDir), `${nodeId}\n`);
       try {
-        const underlay = await findUnderlay(runner, undefined);
         await environment.setupNode({
           subnet,
           gateway: address,
-          mtu: Math.max(underlay.mtu - TUNNEL_OVERHEAD, MTU_MIN),
+          mtu: await overlayMtu(),
           isolated: false,
           carrier: { device: linkName(NAMES.carrier, nodeId), vni: VNI_DEFAULT, port },
+          peers,
         });
       } catch (error) {
         if (found === undefined) await files.remove(nodeFile(stateDir));
-        throw error;
-      }
-      try {
-        await environment.addPeers(peers);
-      } catch (error) {
-        if (found === undefined) await kudo.cleanNode({ nodeId });
         throw error;
       }
       return { interfaceName: linkName(NAMES.bridge, nodeId) };
     },
 
     async setupIptables({ nodeId }) {
-      await (await here(nodeId)).restore();
+      await (await here(nodeId)).restore(await overlayMtu());
     },
 
     async addOtherNodes(nodes) {
@@ -373,7 +372,12 @@ function parseAddress(text: string, field: string): Ipv4 {
   return unwrap(parsed);
 }
 
+/** Names under which no record can hold anything of its own. */
+const NO_IDS: ReadonlySet<string> = new Set(['__proto__', 'prototype', 'constructor']);
+
 function checkId(id: string, field: string): string {
+  if (NO_IDS.has(id))
+    throw new EdgewayError('invalid_request', `${field} "${id}" is a reserved word: choose another`);
   // 253: as long as a DNS name; a line of its own in the state directory.
   if (typeof id !== 'string' || id === '' || id.length > 253 || /[\p{Cc}]/u.test(id))
     throw new EdgewayError(

@@ -10,13 +10,18 @@ import {
   address,
   addTun,
   codeOf,
+  echo,
   HostLab,
   MTU,
   must,
   node,
   reaches,
   SERVICES,
+  says,
+  start,
+  Talker,
   toNetns,
+  whoami,
   within,
 } from './host_lab.ts';
 
@@ -163,6 +168,145 @@ test('an instance cannot pretend to be another, neither by IP, nor by hardware a
   assert.ok(await from(b, '172.16.0.67'), 'and the other is not cut off by it');
   await must('ip', '-n', a, 'link', 'set', 'eth0', 'address', '02:45:ac:10:00:42');
   assert.ok(await from(a, '172.16.0.66'));
+});
+
+test('an instance reaches neither other nodes’ tunnels nor the coordination store', async ({ lab }) => {
+  const a = await lab.instance('a');
+  const environment = lab.environment();
+  await environment.setupNode({
+    ...node,
+    tunnelPort: 4791,
+    stores: [{ address: address('10.99.0.1'), port: 2379 }],
+  });
+  await environment.attach(toNetns('a', a, '172.16.0.66'));
+  await environment.expose([], [4999]);
+  const ports = [4790, 4791, 4999, 2379, 5000];
+  const servers = await Promise.all(ports.map((port) => whoami(lab.outside, port, 'other')));
+  try {
+    assert.is(await says(a, 'udp', '10.99.0.1', 5000), 'other 10.99.0.2', 'what is nobody’s tunnel');
+    assert.is(await says(a, 'tcp', '10.99.0.1', 4790), 'other 10.99.0.2', 'a tunnel is UDP');
+    for (const port of [4790, 4791, 4999]) {
+      assert.match(await says(a, 'udp', '10.99.0.1', port), /^error E/, `udp port ${port}`);
+      assert.is(await says(lab.host, 'udp', '10.99.0.1', port), 'other 10.99.0.2', 'the host itself');
+    }
+    assert.match(await says(a, 'tcp', '10.99.0.1', 2379), /^error E/);
+    assert.is(await says(lab.host, 'tcp', '10.99.0.1', 2379), 'other 10.99.0.2');
+    await environment.expose([], []);
+    assert.is(await says(a, 'udp', '10.99.0.1', 4999), 'other 10.99.0.2', 'no node has it any more');
+  } finally {
+    for (const server of servers) server.kill('SIGKILL');
+  }
+});
+
+test('a conversation through a published port ends when the port leads elsewhere, or nowhere', async ({
+  lab,
+}) => {
+  const [a, b] = [await lab.instance('a'), await lab.instance('b')];
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  const published = (id: string, name: string, ip: string, on: boolean) =>
+    environment.attach({
+      ...toNetns(id, name, ip),
+      ports: on
+        ? (['tcp', 'udp'] as const).map((protocol) => ({ source: 8080, destination: 80, protocol }))
+        : [],
+    });
+  await published('a', a, '172.16.0.66', true);
+  const servers = [await echo(a, 80, 'a'), await echo(b, 80, 'b')];
+  const talkers: Talker[] = [];
+  const talk = (netns: string, protocol: 'tcp' | 'udp'): Talker => {
+    const talker = new Talker(netns, protocol, '10.99.0.2', 8080);
+    talkers.push(talker);
+    return talker;
+  };
+  try {
+    const first = [
+      ...[talk(lab.outside, 'tcp'), talk(lab.outside, 'udp')],
+      ...[talk(lab.host, 'tcp'), talk(lab.host, 'udp')],
+    ];
+    for (const one of first) assert.match(await one.say(), /^a /);
+    // Rules are replaced under it, and it goes on.
+    await published('a', a, '172.16.0.66', true);
+    for (const one of first) assert.match(await one.say(), /^a /);
+    await published('a', a, '172.16.0.66', false);
+    for (const one of first) assert.match(await one.say(), /^error /, 'published no more');
+    await published('b', b, '172.16.0.67', true);
+    for (const one of first) assert.match(await one.say(), /^error /, 'b’s port by now');
+    const second = [talk(lab.outside, 'tcp'), talk(lab.outside, 'udp')];
+    for (const one of second) assert.match(await one.say(), /^b /);
+    await environment.detach({ id: 'b' });
+    for (const one of second) assert.match(await one.say(), /^error /, 'b is gone');
+    // A service's port: who talks to one target may go on while new ones find the other.
+    const target = (ip: string) => ({ address: address(ip), port: 80 });
+    const service = (targets: string[], kept: string[]) =>
+      environment.expose([
+        { protocol: 'tcp', source: 8081, targets: targets.map(target), kept: kept.map(target) },
+      ]);
+    await environment.attach(toNetns('b', b, '172.16.0.67'));
+    await service(['172.16.0.66'], []);
+    const third = new Talker(lab.outside, 'tcp', '10.99.0.2', 8081);
+    talkers.push(third);
+    assert.match(await third.say(), /^a /);
+    await service(['172.16.0.67'], ['172.16.0.66']);
+    assert.match(await third.say(), /^a /);
+    assert.match(await says(lab.outside, 'tcp', '10.99.0.2', 8081), /^b /);
+    await service([], ['172.16.0.66']);
+    assert.match(await third.say(), /^a /);
+    assert.is(await says(lab.outside, 'tcp', '10.99.0.2', 8081), 'error ECONNREFUSED');
+  } finally {
+    for (const one of [...talkers.map(({ child }) => child), ...servers]) one.kill('SIGKILL');
+  }
+});
+
+test('one namespace is one instance’s, by whatever name it is called', async ({ lab }) => {
+  const a = await lab.instance('a');
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  await environment.attach(toNetns('a', a, '172.16.0.66'));
+  const before = await lab.snapshot(a);
+  assert.match(
+    await codeOf(environment.attach(toNetns('b', a, '172.16.0.67'))),
+    /^instance_exists: instance a lives in the network namespace of netns /,
+  );
+  const child = await start(a, 'sh', '-c', 'echo in; exec sleep 60');
+  try {
+    assert.match(
+      await codeOf(
+        environment.attach({
+          ...toNetns('b', a, '172.16.0.67'),
+          target: { kind: 'pid', pid: child.pid ?? 0 },
+        }),
+      ),
+      /^instance_exists: instance a lives in the network namespace of pid /,
+    );
+  } finally {
+    child.kill('SIGKILL');
+  }
+  assert.is(await lab.snapshot(a), before);
+  await environment.detach({ id: 'a' });
+  await environment.attach(toNetns('b', a, '172.16.0.67'));
+});
+
+test('an attachment gets another MTU where it is, and a FORWARD that somebody flushed gets our chain back', async ({
+  lab,
+}) => {
+  const a = await lab.instance('a');
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  const one = await environment.attach(toNetns('a', a, '172.16.0.66'));
+  const forward = async (): Promise<string> =>
+    (await lab.runner.run(['sh', '-c', 'iptables -S FORWARD; iptables -S EW-edgeway0'])).stdout;
+  const room = await forward();
+  assert.match(room, '-A FORWARD -m comment --comment edgeway -j EW-edgeway0');
+  await environment.attach({ ...toNetns('a', a, '172.16.0.66'), mtu: 1300 });
+  for (const [netns, link] of [
+    [lab.host, one.hostInterface],
+    [a, one.interface],
+  ] as const)
+    assert.match(await must('ip', '-n', netns, 'link', 'show', link), 'mtu 1300');
+  await lab.runner.run(['iptables', '-F', 'FORWARD']);
+  await environment.attach(toNetns('a', a, '172.16.0.66'));
+  assert.is(await forward(), room);
 });
 
 test('attach by pid writes the resolv.conf of that process alone and puts it back', async ({ lab }) => {

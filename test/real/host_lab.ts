@@ -3,6 +3,7 @@
 //   …-o  10.99.0.1 ── veth ── 10.99.0.2  …-h (default route to .1)  edgeway0 172.16.0.65/26 ── …-a, …-b, processes
 //
 // …-o has no route to 172.16.0.0/12: an answer from it proves the masquerade.
+import { type ChildProcess, spawn } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -11,6 +12,7 @@ import { type AttachRequest, Environment } from '../../edge/host/environment.ts'
 import { hostRunner } from '../../edge/io/exec.ts';
 import { hostFiles } from '../../edge/io/files.ts';
 import type { CommandResult, Files, Runner } from '../../edge/ports.ts';
+import { until } from '../../scripts/lab.ts';
 import { parseCidr, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError, unwrap } from '../../src/error.ts';
 import type { Logger } from '../../src/log.ts';
@@ -27,6 +29,91 @@ export async function must(...argv: readonly string[]): Promise<string> {
   const result = await hostRunner.run(argv);
   if (result.status !== 0) throw new Error(`${argv.join(' ')}: ${result.stderr.trim()}`);
   return result.stdout;
+}
+
+/** Node for programs in namespaces, whichever runtime runs the test. */
+const NODE = process.env['NODE'] ?? 'node';
+
+/** A program in a namespace, once it has said something; rejects when it ends before that, or says nothing. */
+export async function start(netns: string, ...argv: readonly string[]): Promise<ChildProcess> {
+  const child = spawn('nsenter', [`--net=/run/netns/${netns}`, '--', ...argv], {
+    stdio: ['pipe', 'pipe', 'inherit'],
+  });
+  await spoken(child, argv.join(' '));
+  return child;
+}
+
+/** Resolves with the program's next words. */
+export function spoken(child: ChildProcess, what: string): Promise<string> {
+  return new Promise((resolve, reject) => {
+    const limit = setTimeout(() => done(() => reject(new Error(`${what} said nothing for 30 s`))), 30_000);
+    const ended = (): void => done(() => reject(new Error(`${what} ended with ${child.exitCode}`)));
+    const heard = (chunk: Buffer): void => done(() => resolve(String(chunk)));
+    function done(settle: () => void): void {
+      clearTimeout(limit);
+      child.off('exit', ended).stdout?.off('data', heard);
+      settle();
+    }
+    child.once('exit', ended).stdout?.once('data', heard);
+  });
+}
+
+/** Answers every TCP client and UDP datagram on the port: `NAME CLIENT`. */
+export function whoami(netns: string, port: number, name: string): Promise<ChildProcess> {
+  return start(netns, NODE, join(import.meta.dirname!, 'whoami.mjs'), String(port), name);
+}
+
+/** Answers as long as a client goes on: `NAME CLIENT TEXT`. */
+export async function echo(netns: string, port: number, name: string): Promise<ChildProcess> {
+  const script = join(import.meta.dirname!, '../lab/echo.ts');
+  const child = spawn('nsenter', [`--net=/run/netns/${netns}`, '--', NODE, script, String(port), name], {
+    stdio: ['ignore', 'ignore', 'inherit'],
+  });
+  await until(`${name} listens`, 30_000, async () =>
+    (await within(netns).run(['ss', '-Hlnt', `sport = :${port}`])).stdout !== '' ? true : undefined,
+  );
+  return child;
+}
+
+/** A client that keeps one socket; `say` gives the answer, `error CODE` or `silence`. */
+export class Talker {
+  readonly child: ChildProcess;
+  constructor(netns: string, protocol: 'tcp' | 'udp', host: string, port: number) {
+    this.child = spawn(
+      'nsenter',
+      [
+        ...[`--net=/run/netns/${netns}`, '--', NODE, join(import.meta.dirname!, 'talk.mjs')],
+        ...[protocol, host, String(port)],
+      ],
+      { stdio: ['pipe', 'pipe', 'inherit'] },
+    );
+  }
+
+  async say(text = 'hello'): Promise<string> {
+    const answer = spoken(this.child, 'the client');
+    this.child.stdin?.write(`${text}\n`);
+    return (await answer).trim();
+  }
+
+  end(): void {
+    this.child.kill('SIGKILL');
+  }
+}
+
+/** What one new socket hears. */
+export async function says(
+  netns: string,
+  protocol: 'tcp' | 'udp',
+  host: string,
+  port: number,
+  text?: string,
+): Promise<string> {
+  const talker = new Talker(netns, protocol, host, port);
+  try {
+    return await talker.say(text);
+  } finally {
+    talker.end();
+  }
 }
 
 /** Programs run inside a network namespace; files stay the machine's. */
@@ -128,7 +215,8 @@ export async function hostSnapshot(netns: string, rules: 'all' | 'edgeway'): Pro
     'ip -4 route show table all',
     'nft list tables | sort',
     ...(rules === 'all'
-      ? ['nft list ruleset']
+      ? // Table by table: the kernel lists them in the order in which they were last made.
+        ['nft list tables | sort | while read -r table; do nft list $table; done']
       : ['nft list table inet edgeway', 'nft list table bridge edgeway', 'nft list table ip filter']),
     'cat /proc/sys/net/ipv4/ip_forward',
   ];
@@ -220,7 +308,7 @@ export class Saboteur {
 /** Commands that only look are never sabotaged: their failure changes nothing. */
 function changes(argv: readonly string[]): boolean {
   const text = argv.filter((word) => word !== '--' && !word.startsWith('--net=')).join(' ');
-  return !/^(?:nsenter )?(?:ip -j|stat|cat|iptables -w 10 -[CS]|nft (?:-j )?list)/.test(text);
+  return !/^(?:nsenter )?(?:ip -j|stat|cat|iptables -w 10 (?:-t nat )?-[CS]|nft (?:-j )?list)/.test(text);
 }
 
 /** What setupNode is asked for. */

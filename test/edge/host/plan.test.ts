@@ -36,7 +36,11 @@ const NODE: NodeState = {
 };
 const STATE: HostState = { ...EMPTY_STATE, node: NODE };
 const FRESH: Observed = {
-  links: ['lo', 'docker0'],
+  links: new Map([
+    ['lo', 65_536],
+    ['docker0', 1_500],
+  ]),
+  carried: [],
   bridgeAddresses: [],
   forward: '0',
   ipv6: true,
@@ -79,19 +83,19 @@ const attach = (one: Attachment, seen = SEEN) =>
   formatPlan(planAttach(NODE, 'shop.prod.cart.v1/1', one, seen, STATE, STATE));
 
 test('planNode on an untouched host', () => {
-  golden('host/node_fresh.txt', formatPlan(planNode(STATE, NODE, FRESH)));
+  golden('host/node_fresh.txt', formatPlan(planNode(EMPTY_STATE, STATE, NODE, FRESH)));
 });
 
 test('planNode repeated adds nothing and undoes nothing', () => {
   const observed: Observed = {
     ...FRESH,
-    links: ['edgeway0'],
+    links: new Map([['edgeway0', 1_464]]),
     bridgeAddresses: ['172.16.0.65/26'],
     forward: '1',
     tableExists: true,
     iptables: 'present',
   };
-  const text = formatPlan(planNode(STATE, NODE, observed));
+  const text = formatPlan(planNode(EMPTY_STATE, STATE, NODE, observed));
   assert.not.match(text, 'link add');
   assert.not.match(text, 'ip addr');
   assert.not.match(text, 'iptables');
@@ -101,7 +105,11 @@ test('planNode repeated adds nothing and undoes nothing', () => {
 
 test('planNode with another subnet takes the old address away first, and would give it back', () => {
   const text = formatPlan(
-    planNode(STATE, NODE, { ...FRESH, links: ['edgeway0'], bridgeAddresses: ['172.16.9.1/26'] }),
+    planNode(EMPTY_STATE, STATE, NODE, {
+      ...FRESH,
+      links: new Map([['edgeway0', 1_500]]),
+      bridgeAddresses: ['172.16.9.1/26'],
+    }),
   );
   assert.match(text, /addr del 172\.16\.9\.1\/26 dev edgeway0\nip addr replace 172\.16\.0\.65\/26/);
   assert.match(
@@ -112,7 +120,7 @@ test('planNode with another subnet takes the old address away first, and would g
 
 test('planNode with a carrier reaches its peers', () => {
   const state = { ...STATE, node: KUDO, peers: { b: PEER } };
-  golden('host/node_carrier.txt', formatPlan(planNode(state, KUDO, FRESH)));
+  golden('host/node_carrier.txt', formatPlan(planNode(EMPTY_STATE, state, KUDO, FRESH)));
 });
 
 test('planPeers moves, adds and removes, and takes each back', () => {
@@ -121,7 +129,7 @@ test('planPeers moves, adds and removes, and takes each back', () => {
     ...before,
     peers: { b: { ...PEER, endpoint: ip('192.0.2.33') }, d: { ...PEER, prefix: cidr('10.0.3.0/24') } },
   };
-  const lines = formatPlan(planPeers(KUDO, CARRIER, before, after))
+  const lines = formatPlan(planPeers(KUDO, CARRIER, before, after, ['10.0.1.0/24', '10.0.2.0/24']))
     .split('\n')
     .filter((line) => line.startsWith('ip ') || line.startsWith('--'));
   const via = (prefix: string, node: string) =>
