@@ -39,7 +39,7 @@ import type {
 } from './api/app.ts';
 import { type DeployRequest, parseSubnetwork, type Target } from './api/schema.ts';
 import type { AgentConfig } from './config.ts';
-import type { Environment } from './host/environment.ts';
+import type { Environment, NodeRequest } from './host/environment.ts';
 import { NamespaceAddresses } from './ipam.ts';
 import { LoopKeeper } from './loop_keeper.ts';
 import { INGRESS, NorthSouth } from './north_south.ts';
@@ -80,6 +80,8 @@ export interface AgentParts {
     Environment,
     'hostRoutes' | 'setupNode' | 'attachTun' | 'attach' | 'detach' | 'expose' | 'cleanNode'
   >;
+  /** Where etcd is: nothing for instances. */
+  readonly stores: NonNullable<NodeRequest['stores']>;
   readonly engine: ContainerEngine;
   readonly files: Files;
   readonly clock: Clock;
@@ -344,7 +346,11 @@ export class Agent implements NodeControl {
     const items = [...table.services()]
       .map((service) => viewService(service, table.instancesOf(service.id).length))
       .sort((a, b) => a.service.localeCompare(b.service));
-    return { items, problems: viewProblems(new Map([...problems, ...faults]), keys.prefix('services')) };
+    const refused = [...(this.#registered?.northSouth.refused() ?? [])].map(
+      ([service, error]): [string, EdgewayError] => [keys.build({ kind: 'service', service }), error],
+    );
+    const all = new Map([...refused, ...problems, ...faults]);
+    return { items, problems: viewProblems(all, keys.prefix('services')) };
   }
 
   async instances(): Promise<Listing<InstanceView>> {
@@ -555,6 +561,8 @@ export class Agent implements NodeControl {
         services: plan.services,
         platform: plan.platform,
         mtu,
+        tunnelPort: config.ewp,
+        stores: this.#parts.stores,
       });
 
       const loopConfig: ProxyConfig = {
@@ -629,6 +637,7 @@ export class Agent implements NodeControl {
         table: this.#parts.table,
         node: config.node,
         environment,
+        isUp: ({ namespaceIp }) => steering.isUp(namespaceIp),
         openIngress: () => this.#openIngress(network, claim, loop, tenure, presence),
         timers,
         log: this.#log,
@@ -819,6 +828,7 @@ export class Agent implements NodeControl {
         );
       },
       gone: (id) => this.#withdraw(id),
+      healthChanged: () => this.#registered?.northSouth.update(),
     });
   }
 

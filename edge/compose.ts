@@ -25,6 +25,7 @@ import { Environment } from './host/environment.ts';
 import { findUnderlay } from './host/underlay.ts';
 import { systemClock, systemTimers } from './io/clock.ts';
 import { dockerEngine } from './io/docker.ts';
+import { addressesOf } from './io/endpoints.ts';
 import { startPrivateEtcd } from './io/etcd_private.ts';
 import { hostRunner } from './io/exec.ts';
 import { hostFiles } from './io/files.ts';
@@ -157,6 +158,7 @@ async function start(
     names: { bridge: config.bridge, tun: config.tun },
     stateDir: config.dataDir,
   });
+  const stores = await addressesOf(endpoints, log);
   const agent = new Agent({
     config,
     nodeIp: underlay.address,
@@ -172,6 +174,7 @@ async function start(
         ...(subtrees === undefined ? {} : { subtrees }),
       }),
     environment,
+    stores,
     engine: dockerEngine(config.dockerSocket === undefined ? {} : { socketPath: config.dockerSocket }),
     files: hostFiles,
     clock: systemClock,

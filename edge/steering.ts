@@ -74,6 +74,8 @@ export interface SteeringParts {
   readonly publish: (position: Position) => void;
   /** That instance's process or namespace is gone: take it away. Called once. */
   readonly gone: (id: string, why: string) => void;
+  /** An instance of this node is healthy by now, or not any more. */
+  readonly healthChanged?: () => void;
 }
 
 /** A choice that was made, with the reason as it then was. */
@@ -246,6 +248,10 @@ export class Steering {
   }
   health(id: string): HealthView | undefined {
     return this.#health.view(id);
+  }
+  /** False for an instance of this node that is dead or unhealthy. */
+  isUp(namespaceIp: Ipv4): boolean {
+    return this.#health.isUp(namespaceIp);
   }
   load(): number | undefined {
     return this.#parts.vitals.load();
@@ -444,6 +450,7 @@ export class Steering {
     else log.info(fields, 'instance is gone');
     this.#sendStatus();
     this.#balancer.reweighOne(resident.service, nowMs);
+    this.#parts.healthChanged?.();
     if (output.kind === 'gone') this.#parts.gone(output.id, output.why);
   }
 

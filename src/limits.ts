@@ -274,6 +274,8 @@ export const COMMAND_OUTPUT_MAX = 8 * 1024 * 1024;
 export const ENGINE_LIMIT_MS = 10_000;
 /** Pause before ports that could not be published are tried again. */
 export const EXPOSE_RETRY_MS = 1_000;
+/** Pause before a port that somebody else on the host has is asked for again: looking takes four programs. */
+export const PORT_REFUSED_RETRY_MS = 5_000;
 /** Outside DNS: an address lives as long as the presence that stands behind it may be wrong about it (RFC 1912 §2.2
  *  allows short ones for names that move). */
 export const OUTSIDE_TTL_S = 10;

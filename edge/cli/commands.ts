@@ -73,9 +73,7 @@ function get<Item>(kind: string, header: Row, key: (item: Item) => string, row: 
 
 function printProblems(problems: readonly Problem[]): void {
   if (problems.length === 0) return;
-  print(
-    `\ncannot be read, or does not work as written:\n${problems.map(({ key, reason }) => `  ${key}\n    ${reason}`).join('\n')}`,
-  );
+  print(`\nproblems:\n${problems.map(({ key, reason }) => `  ${key}\n    ${reason}`).join('\n')}`);
 }
 
 export const getCommand = defineCommand({

@@ -34,7 +34,8 @@ const show = (publications: readonly Publication[]): string[] =>
     ({ protocol, source, targets, hairpin }) =>
       `${protocol}/${source} → ${targets.map((one) => `${formatIpv4(one.address)}:${one.port}`).join(' | ')}; inside ${hairpin === undefined ? 'the same' : formatIpv4(hairpin.address)}`,
   );
-const at = (table: RouteTable) => show(publicationsFor(table, 'here'));
+const up = () => true;
+const at = (table: RouteTable) => show(publicationsFor(table, 'here', up));
 
 test('publicationsFor leads to the instances while all are here, else to the ServiceIP, and nowhere without any', () => {
   const [one, two] = [instance(HERE, CART, 1), instance(HERE, CART, 2)];
@@ -55,40 +56,74 @@ test('publicationsFor does without a ServiceIP while it can, and gives a port to
   assert.match(at(tableOf(bare, instance(HERE, CART, 1)))[0] ?? '', 'inside the same');
   const other = sid('shop.prod.aaa.v1');
   const both = tableOf(service(), instance(HERE, CART, 1), service(other), instance(HERE, other, 2));
-  assert.is(publicationsFor(both, 'here').length, 1);
-  assert.is(publicationsFor(both, 'here')[0]?.targets[0]?.address, instance(HERE, other, 2).namespaceIp);
+  assert.is(publicationsFor(both, 'here', up).length, 1);
+  const [first] = publicationsFor(both, 'here', up);
+  assert.is(first?.targets[0]?.address, instance(HERE, other, 2).namespaceIp);
+  assert.is(first?.service, other);
+});
+
+test('publicationsFor leaves out what is unhealthy here, and lets begun conversations go on', () => {
+  const [one, two, there] = [instance(HERE, CART, 1), instance(HERE, CART, 2), instance(THERE, CART, 3)];
+  const kept = (table: RouteTable, isUp: (number: number) => boolean) =>
+    publicationsFor(table, 'here', ({ instance: number }) => isUp(number)).map((publication) => [
+      show([publication])[0]?.replace(/^.*→ (.*);.*$/, '$1'),
+      publication.kept?.map((target) => formatIpv4(target.address)).join(' '),
+    ]);
+  const [a, b] = [formatIpv4(one.namespaceIp), formatIpv4(two.namespaceIp)];
+  const all = `${a} ${b} 172.30.0.9`;
+  assert.equal(
+    kept(tableOf(service(), one, two), (number) => number === 2),
+    [[`${b}:80`, all]],
+  );
+  assert.equal(
+    kept(tableOf(service(), one, two), () => false),
+    [['', all]],
+  );
+  // With instances elsewhere the proxy knows of health.
+  assert.equal(
+    kept(tableOf(service(), one, there), () => false),
+    [['172.30.0.9:80', `${a} 172.30.0.9`]],
+  );
 });
 
 /** A host that remembers, and that can be told to refuse. */
 function host(table: RouteTable, log: Logger = SILENT) {
   const told: string[][] = [];
-  const timers: (() => void)[] = [];
-  const state = { refuse: false, ingress: 0 };
+  const timers: { readonly ms: number; readonly act: () => void }[] = [];
+  const tunnels: (readonly number[])[] = [];
+  const state = { refuse: false, ingress: 0, taken: false, up: true };
   const northSouth = new NorthSouth({
     table,
     node: 'here',
     log,
     timers: {
-      after: (_ms: number, act: () => void) => {
-        timers.push(act);
-        return () => {};
+      after: (ms: number, act: () => void) => {
+        const timer = { ms, act };
+        timers.push(timer);
+        return () => {
+          if (timers.includes(timer)) timers.splice(timers.indexOf(timer), 1);
+        };
       },
     },
+    isUp: () => state.up,
     openIngress: async () => {
       if (state.refuse) throw new EdgewayError('coordination_unavailable', 'away');
       state.ingress += 1;
     },
     environment: {
-      expose: async (publications) => {
+      expose: async (publications, ports = []) => {
         told.push(show(publications));
-        return [];
+        tunnels.push(ports);
+        return state.taken
+          ? publications.map((publication) => ({ publication, reason: 'it belongs to somebody' }))
+          : [];
       },
     },
   });
   const settled = async (): Promise<void> => {
     for (let turn = 0; turn < 20; turn++) await Promise.resolve();
   };
-  return { northSouth, told, timers, state, settled };
+  return { northSouth, told, timers, tunnels, state, settled };
 }
 
 test('NorthSouth tells the host only what changed, opens the ingress once, and joins changes that come meanwhile', async () => {
@@ -125,7 +160,7 @@ test('NorthSouth waits for a complete table, tries again what failed, and begins
   assert.equal(told, []);
   assert.is(timers.length, 1);
   state.refuse = false;
-  timers[0]?.();
+  timers.shift()?.act();
   await settled();
   assert.is(told.length, 1);
   await northSouth.stop();
@@ -133,6 +168,45 @@ test('NorthSouth waits for a complete table, tries again what failed, and begins
   northSouth.update();
   await settled();
   assert.is(told.length, 1);
+});
+
+test('NorthSouth asks again for a port that somebody has, names it meanwhile, and warns once', async () => {
+  const warnings: string[] = [];
+  const log = { ...SILENT, warn: (_fields: unknown, text: string) => warnings.push(text) } as Logger;
+  const { northSouth, told, timers, state, settled } = host(tableOf(service(), instance(HERE, CART, 1)), log);
+  state.taken = true;
+  northSouth.update();
+  await settled();
+  for (let times = 0; times < 3; times++) {
+    assert.match(northSouth.refused().get(CART)?.message ?? '', 'belongs to somebody');
+    assert.is(timers.length, 1);
+    timers.shift()?.act();
+    await settled();
+  }
+  assert.is(told.length, 4);
+  assert.is(warnings.length, 1);
+  state.taken = false;
+  timers.shift()?.act();
+  await settled();
+  assert.is(northSouth.refused().size, 0);
+  assert.is(timers.length, 0);
+  await northSouth.stop();
+});
+
+test('NorthSouth follows health, and tells the host the tunnel ports of all nodes', async () => {
+  const table = tableOf(service(), instance(HERE, CART, 1));
+  const { northSouth, told, tunnels, state, settled } = host(table);
+  northSouth.update();
+  await settled();
+  state.up = false;
+  northSouth.update();
+  await settled();
+  assert.match(told[1]?.[0] ?? '', '8080 → ;');
+  table.putNode({ ...THERE, ewp: 4999 });
+  northSouth.update();
+  await settled();
+  assert.ok(tunnels.at(-1)?.includes(4999));
+  assert.ok(tunnels.at(-1)?.includes(instance(HERE, CART, 1).ewp));
 });
 
 test.run();

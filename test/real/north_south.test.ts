@@ -5,6 +5,7 @@ import process from 'node:process';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Lab, type Runtime, until } from '../../scripts/lab.ts';
+import { says } from './host_lab.ts';
 
 const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
 const test = suite('north-south');
@@ -88,7 +89,7 @@ test('without an instance nobody answers', async () => {
 test('the only instance is reached through its node with the client’s address, and through every other node', async () => {
   await deploy(1, 'web1', WEB, 1);
   for (const node of [1, 2, 3])
-    await until(`n${node} publishes`, 10_000, async () =>
+    await until(`n${node} publishes`, 30_000, async () =>
       (await outside('tcp', node))[0] !== '' ? true : undefined,
     );
   assert.equal(await outside('tcp', 1), ['web1 10.77.0.254']);
@@ -120,10 +121,13 @@ test('a port that is not published, and the overlay’s own addresses, stay clos
 test('two instances on two nodes: any node’s port balances over both', async () => {
   await deploy(2, 'web2', WEB, 2);
   for (const node of [1, 2, 3]) {
-    await until(`n${node} knows both`, 10_000, async () =>
-      labels(await outside('tcp', node, 4)).join() === 'web1,web2' ? true : undefined,
+    await until(`n${node} knows both`, 30_000, async () =>
+      labels([...(await outside('tcp', node)), ...(await outside('tcp', node))]).join() === 'web1,web2'
+        ? true
+        : undefined,
     );
     const answers = await outside('tcp', node, 20);
+    assert.not(answers.includes(''), `n${node} lost an answer: ${answers.join(', ')}`);
     const first = answers.filter((text) => text.startsWith('web1')).length;
     assert.ok(first >= 6 && first <= 14, `n${node}: ${first} of 20 went to web1: ${answers.join(', ')}`);
   }
@@ -186,12 +190,113 @@ test('outside DNS: a delegated name has the addresses of the nodes that are up, 
   await lab.startAgent(3);
 });
 
-test('a node whose instance went passes requests on', async () => {
+test('while the local instance is unhealthy its port is closed, and open again after', async () => {
+  const port = 8124;
+  const service = 'shop.prod.sick.v1';
+  const applied = await lab.api(
+    1,
+    'POST',
+    '/api/v1/services',
+    descriptor(service, {
+      exposed: true,
+      ports: [{ source: 8090, destination: LISTEN }],
+      health: { tcp: { port }, intervalMs: 200, timeoutMs: 1_000, fall: 2, rise: 1 },
+    }),
+  );
+  assert.is(applied.status, 200, JSON.stringify(applied.body));
+  const netns = await deploy(3, 'sick', service, 1);
+  const asked = async () => (await ask(lab.switch, 'tcp', lab.node(3).ip, 8090))[0] ?? '';
+  await until('the unhealthy one is not published', 30_000, async () =>
+    (await asked()) === '' ? true : undefined,
+  );
+  lab.spawn(netns, self('test/lab/echo.ts', String(port), 'healthy'), `${lab.dir}/healthy.log`);
+  await until('the healthy one is', 30_000, async () =>
+    (await asked()).startsWith('sick ') ? true : undefined,
+  );
+  assert.is((await lab.api(3, 'DELETE', `/api/v1/instances/${service}/1`)).status, 200);
+});
+
+test('a port that a process of the node has: its problem is listed until the process ends', async () => {
+  const service = 'shop.prod.late.v1';
+  const holder = lab.spawn(
+    lab.node(1).netns,
+    self('test/lab/echo.ts', '8091', 'holder'),
+    `${lab.dir}/holder.log`,
+  );
+  await until('the holder listens', 30_000, async () =>
+    (await ask(lab.switch, 'tcp', lab.node(1).ip, 8091))[0]?.startsWith('holder') ? true : undefined,
+  );
+  await lab.api(
+    1,
+    'POST',
+    '/api/v1/services',
+    descriptor(service, { exposed: true, ports: [{ source: 8091, destination: LISTEN }] }),
+  );
+  await deploy(1, 'late', service, 1);
+  const problems = async () => {
+    const { body } = await lab.api(1, 'GET', '/api/v1/services');
+    return (body.problems as { key: string; code: string; reason: string }[]).filter(({ key }) =>
+      key.endsWith(`/${service}`),
+    );
+  };
+  const [problem] = await until('n1 says so', 30_000, async () => {
+    const found = await problems();
+    return found.length > 0 ? found : undefined;
+  });
+  assert.is(problem?.code, 'port_taken');
+  assert.match(
+    problem?.reason ?? '',
+    /node n1 does not publish it: tcp\/8091 belongs to a process of this host/,
+  );
+  await until('another node publishes it', 30_000, async () =>
+    (await ask(lab.switch, 'tcp', lab.node(2).ip, 8091))[0]?.startsWith('late') ? true : undefined,
+  );
+  await lab.end(holder, 'SIGKILL');
+  await until('n1 publishes it by itself', 30_000, async () =>
+    (await ask(lab.switch, 'tcp', lab.node(1).ip, 8091))[0]?.startsWith('late') ? true : undefined,
+  );
+  await until('and has no problem', 30_000, async () => ((await problems()).length === 0 ? true : undefined));
+});
+
+test('no instance speaks to another node’s tunnel, nor to etcd', async () => {
+  const [n1, n2] = [lab.node(1), lab.node(2)];
+  // An IPv4 packet of identification 0xbeef in a frame of this network.
+  const frame = '0c00000100455700' + '4500001cbeef00004011000000000000ac1e0001' + '1000100000080000';
+  await lab.exec(n2.netns, ['nft', 'add table inet forged']);
+  await lab.exec(n2.netns, ['nft', 'add chain inet forged input { type filter hook input priority -200; }']);
+  const rule = 'udp dport 4790 @th,160,16 0xbeef counter';
+  await lab.exec(n2.netns, ['nft', `add rule inet forged input ${rule}`]);
+  const arrived = async () =>
+    Number(/packets (\d+)/.exec((await lab.exec(n2.netns, ['nft', 'list table inet forged'])).stdout)?.[1]);
+  try {
+    assert.match(await says(neighbour, 'udp', n2.ip, 4790, `hex:${frame}`), /^error /);
+    assert.is(await arrived(), 0);
+    await says(n1.netns, 'udp', n2.ip, 4790, `hex:${frame}`);
+    assert.is(await arrived(), 1, 'from the node itself it comes through');
+  } finally {
+    await lab.exec(n2.netns, ['nft', 'delete table inet forged']);
+  }
+  const [host = '', port = ''] = lab.etcd.split(':');
+  assert.match(await says(neighbour, 'tcp', host, Number(port)), /^error /);
+  assert.not.match(await says(n1.netns, 'tcp', host, Number(port)), /^error /);
+});
+
+test('a node whose instance is undeployed passes requests on, and none fails meanwhile', async () => {
+  let stop = false;
+  const asking = [1, 2, 3].map(async (node) => {
+    const heard: string[] = [];
+    while (!stop) heard.push(...(await outside('tcp', node, 10)));
+    return heard;
+  });
   const gone = await lab.api(1, 'DELETE', `/api/v1/instances/${WEB}/1`);
   assert.is(gone.status, 200);
-  await until('only web2 answers', 10_000, async () =>
+  await until('only web2 answers', 30_000, async () =>
     labels(await outside('tcp', 1, 3)).join() === 'web2' ? true : undefined,
   );
+  stop = true;
+  const answers = (await Promise.all(asking)).flat();
+  const failed = answers.filter((text) => text === '').length;
+  assert.is(failed, 0, `${failed} of ${answers.length} requests failed`);
   assert.equal(await outside('tcp', 2), ['web2 10.77.0.254'], 'at home it sees the client');
   assert.match((await outside('udp', 1))[0] ?? '', /^web2 172\.30\./);
 });
@@ -200,7 +305,7 @@ test('a killed and restarted agent publishes again', async () => {
   const node = lab.node(3);
   if (node.agent !== undefined) await lab.end(node.agent, 'SIGKILL');
   await lab.startAgent(3);
-  await until('n3 publishes again', 15_000, async () =>
+  await until('n3 publishes again', 30_000, async () =>
     labels(await outside('tcp', 3)).join() === 'web2' ? true : undefined,
   );
 });
@@ -208,7 +313,7 @@ test('a killed and restarted agent publishes again', async () => {
 test('a descriptor that is not exposed any more closes the ports everywhere, and another service may have them', async () => {
   await lab.api(1, 'POST', '/api/v1/services', descriptor(WEB, { exposed: false, ports: PORTS }));
   for (const node of [1, 2, 3])
-    await until(`n${node} closes`, 10_000, async () =>
+    await until(`n${node} closes`, 30_000, async () =>
       (await outside('tcp', node))[0] === '' ? true : undefined,
     );
   const other = descriptor('shop.prod.other.v1', {
