@@ -41,6 +41,9 @@ export interface Files {
   remove(path: string): Promise<void>;
 }
 
+/** Does the work while no other process does any for the same directory. */
+export type Lock = <T>(directory: string, work: () => Promise<T>) => Promise<T>;
+
 /** A container as the Docker Engine describes it. */
 export interface Container {
   readonly id: string;

@@ -270,6 +270,9 @@ export const COMMAND_LIMIT_MS = 20_000;
 export const COMMAND_DRAIN_MS = 200;
 /** Output kept of one program or one engine answer: `ip -j route` of 15,360 peers is about 2 MiB. */
 export const COMMAND_OUTPUT_MAX = 8 * 1024 * 1024;
+/** How long a call waits for another process that works on the same state: the longest, a whole node with dozens of
+ *  instances brought back, takes seconds. */
+export const LOCK_WAIT_S = 60;
 /** One answer of the container engine. */
 export const ENGINE_LIMIT_MS = 10_000;
 /** Pause before ports that could not be published are tried again. */

@@ -15,6 +15,7 @@ import { EdgewayError, toEdgewayError } from '../../src/error.ts';
 import { BODY_BYTES_MAX } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import { grpcStatus, type NetworkService } from '../kudo/service.ts';
+import { clearSocketPath } from './unix_socket.ts';
 
 export interface GrpcServer {
   /** As a client dials it: `unix:/path` or `127.0.0.1:50051`. */
@@ -25,7 +26,8 @@ export interface GrpcServer {
 /** The contract, shipped with the code. */
 export const PROTO_PATH = join(import.meta.dirname!, '../kudo/network.proto');
 
-/** `unix:/path`, or HOST:PORT with a loopback host; port 0 picks one. The socket belongs to its owner alone. */
+/** `unix:/path`, or HOST:PORT with a loopback host; port 0 picks one. The socket belongs to its owner alone; one that a
+ *  killed process left is replaced, anything else at the path is refused. */
 export async function serveGrpc(service: NetworkService, address: string, log: Logger): Promise<GrpcServer> {
   const path = /^unix:(?:\/\/)?(\/.+)$/.exec(address)?.[1];
   const loopback = /^(127\.\d{1,3}\.\d{1,3}\.\d{1,3}|localhost|\[::1\]):(\d{1,5})$/.exec(address);
@@ -62,7 +64,7 @@ export async function serveGrpc(service: NetworkService, address: string, log: L
   });
   if (path !== undefined) {
     await mkdir(dirname(path), { recursive: true });
-    await rm(path, { force: true });
+    await clearSocketPath(path);
   }
   const target = path === undefined ? address : `unix:${path}`;
   const port = await new Promise<number>((resolve, reject) =>

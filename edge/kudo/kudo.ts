@@ -19,7 +19,7 @@ import type { PortMapping } from '../../src/model.ts';
 import { Environment } from '../host/environment.ts';
 import { linkName } from '../host/plan.ts';
 import { findUnderlay } from '../host/underlay.ts';
-import type { Files, Runner } from '../ports.ts';
+import type { Files, Lock, Runner } from '../ports.ts';
 
 /** Where another node is: its instances' prefix (`10.0.1.1/24`), and the address at which its host is reached. */
 export interface NodeIp {
@@ -89,6 +89,8 @@ export interface KudoOptions {
   readonly log: Logger;
   /** Directory of the state file; one node per directory and per host. */
   readonly stateDir: string;
+  /** Keeps other processes from the directory during a call; without it there is one process at a time. */
+  readonly lock?: Lock;
   /** UDP port between nodes; default 4790. All nodes of a cluster use the same. */
   readonly port?: number;
 }
@@ -131,17 +133,13 @@ export function getNamespaceName(instanceId: string): string {
 
 export function createKudo(options: KudoOptions): Kudo {
   const { runner, files, log, stateDir, port = EWP_DEFAULT } = options;
-  let queue: Promise<unknown> = Promise.resolve();
+  const lock: Lock = options.lock ?? ((_directory, work) => work());
+  const turns = inTurns();
 
-  /** Calls run one at a time, in the order in which they came. */
   function inTurn<Args extends unknown[], Answer>(
     act: (...args: Args) => Promise<Answer>,
   ): (...args: Args) => Promise<Answer> {
-    return (...args) => {
-      const turn = queue.then(() => act(...args));
-      queue = turn.catch(() => {});
-      return turn;
-    };
+    return turns((...args: Args) => lock(stateDir, () => act(...args)));
   }
 
   /** The node on this host, whoever set it up. */
@@ -308,6 +306,19 @@ export function createKudo(options: KudoOptions): Kudo {
     cleanNode: inTurn(kudo.cleanNode),
     describeNode: inTurn(kudo.describeNode),
   };
+}
+
+/** Calls of what it wraps run one at a time, in the order in which they came. */
+export function inTurns(): <Args extends unknown[], Answer>(
+  act: (...args: Args) => Promise<Answer>,
+) => (...args: Args) => Promise<Answer> {
+  let queue: Promise<unknown> = Promise.resolve();
+  return (act) =>
+    (...args) => {
+      const turn = queue.then(() => act(...args));
+      queue = turn.catch(() => {});
+      return turn;
+    };
 }
 
 function nodeFile(stateDir: string): string {

@@ -5,6 +5,7 @@ import { toEdgewayError } from '../../src/error.ts';
 import { hostRunner } from '../io/exec.ts';
 import { hostFiles } from '../io/files.ts';
 import { serveGrpc } from '../io/grpc_server.ts';
+import { hostLock } from '../io/directory_lock.ts';
 import { createLogger } from '../io/log.ts';
 import { createKudo } from './kudo.ts';
 import { networkService } from './service.ts';
@@ -19,6 +20,7 @@ export async function runKudo(settings: {
   const kudo = createKudo({
     runner: hostRunner,
     files: hostFiles,
+    lock: hostLock,
     log,
     stateDir: settings.stateDir ?? '/var/lib/edgeway/kudo',
   });

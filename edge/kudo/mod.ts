@@ -4,6 +4,7 @@ import process from 'node:process';
 import { SILENT } from '../../src/log.ts';
 import { hostRunner } from '../io/exec.ts';
 import { hostFiles } from '../io/files.ts';
+import { hostLock } from '../io/directory_lock.ts';
 import { createKudo } from './kudo.ts';
 
 export { EdgewayError, type ErrorCode } from '../../src/error.ts';
@@ -26,6 +27,7 @@ export {
 const kudo = createKudo({
   runner: hostRunner,
   files: hostFiles,
+  lock: hostLock,
   log: SILENT,
   stateDir: process.env['EDGEWAY_KUDO_DIR'] ?? '/var/lib/edgeway/kudo',
 });

@@ -3,7 +3,7 @@
 // names of link and namespace follow from that (`kvo…`, `kns…` with the same ending).
 import { formatIpv4, maskOf, parseCidr, parseIpv4 } from '../../src/addr.ts';
 import { EdgewayError, type ErrorCode } from '../../src/error.ts';
-import type { Kudo } from './kudo.ts';
+import { inTurns, type Kudo } from './kudo.ts';
 
 export interface CreateInterfaceRequest {
   readonly ip_address: string;
@@ -58,8 +58,10 @@ export function grpcStatus(code: ErrorCode): number {
   return STATUS[code] ?? GRPC.INTERNAL;
 }
 
+/** One call at a time: each looks at the node before it changes it. */
 export function networkService(kudo: Kudo): NetworkService {
-  return {
+  const inTurn = inTurns();
+  const service: NetworkService = {
     async CreateContainerNetworkInterface({ ip_address, sub_network }) {
       const address = addressOf(ip_address);
       const nodeIpCidr = `${address}/${bitsOf(sub_network, address)}`;
@@ -76,6 +78,8 @@ export function networkService(kudo: Kudo): NetworkService {
 
     async CreateInterface({ ip_address, ports }) {
       const address = addressOf(ip_address);
+      if (new Set(ports).size !== ports.length)
+        throw new EdgewayError('invalid_request', `ports ${ports.join(', ')}: one stands there twice`);
       const node = await kudo.describeNode();
       if (node === undefined)
         throw new EdgewayError('not_registered', 'call CreateContainerNetworkInterface first');
@@ -99,6 +103,11 @@ export function networkService(kudo: Kudo): NetworkService {
         throw new EdgewayError('not_found', `"${interface_name}" is no interface of an instance`);
       return {};
     },
+  };
+  return {
+    CreateContainerNetworkInterface: inTurn(service.CreateContainerNetworkInterface),
+    CreateInterface: inTurn(service.CreateInterface),
+    DeleteInterface: inTurn(service.DeleteInterface),
   };
 }
 
