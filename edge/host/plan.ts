@@ -104,11 +104,12 @@ export function planNode(before: HostState, after: HostState, node: NodeState, o
   steps.push(step(sysctl(`net/ipv4/conf/${bridge}/send_redirects`, '0')));
   steps.push(linkMtu(bridge, mtu, observed.links.get(bridge)));
   // With an address the kernel takes the routes away that have it as their source.
-  const former = before.node?.carrier;
+  const former = before.node;
+  const formerCarrier = former?.carrier;
   const formerRoutes =
-    before.node === undefined || former === undefined
+    former === undefined || formerCarrier === undefined
       ? []
-      : Object.values(before.peers).map((peer) => peerRoute(before.node!, former, peer));
+      : Object.values(before.peers).map((peer) => peerRoute(former, formerCarrier, peer));
   for (const old of observed.bridgeAddresses)
     if (old !== address)
       steps.push(
@@ -124,9 +125,9 @@ export function planNode(before: HostState, after: HostState, node: NodeState, o
       { kind: 'nft', ruleset: rulesOf(node, after) },
       ...(!observed.tableExists
         ? [nftDrop(node.table)]
-        : before.node === undefined
+        : former === undefined
           ? []
-          : [{ kind: 'nft', ruleset: rulesOf(before.node, before) } as const]),
+          : [{ kind: 'nft', ruleset: rulesOf(former, before) } as const]),
     ),
   );
   if (carrier !== undefined) {

@@ -1,6 +1,5 @@
 // A real Docker Engine with its default iptables rules inside the host namespace of host_lab.ts, and containers with
 // `--network none` that we attach.
-import { spawn } from 'node:child_process';
 import { readFile } from 'node:fs/promises';
 import { createServer, type Server } from 'node:http';
 import { join } from 'node:path';
@@ -11,7 +10,8 @@ import type { Environment } from '../../edge/host/environment.ts';
 import { dockerEngine, targetsOf } from '../../edge/io/docker.ts';
 import type { Container } from '../../edge/ports.ts';
 import { type Dockerd, importBusybox, startDockerd } from '../../scripts/docker_lab.ts';
-import { address, codeOf, GATEWAY, HostLab, MTU, node, reaches, SUBNET, within } from './host_lab.ts';
+import { until } from '../../scripts/lab.ts';
+import { address, codeOf, GATEWAY, HostLab, MTU, node, reaches, SUBNET, whoami, within } from './host_lab.ts';
 
 const test = suite<{ lab: HostLab; dockerd: Dockerd; image: string }>('docker');
 test.before(async (context) => {
@@ -134,6 +134,31 @@ test('attach serves a container beside Docker’s FORWARD DROP, before and after
   assert.match(await inside('cat', '/etc/resolv.conf'), /^# edgeway.*\nnameserver 172\.16\.0\.65\n/);
   await inside('ping', '-c', '1', '-W', '2', '172.16.0.65');
   await inside('ping', '-c', '1', '-W', '2', '10.99.0.1');
+  // What Docker's container does not publish is as closed to an instance as to anybody, and what it does is open.
+  await dockerd.run(image, {
+    name: 'closed',
+    command: ['sh', '-c', 'nc -ll -p 91 -e echo secret & nc -ll -p 90 -e echo open'],
+    network: 'bridge',
+    options: ['-p', '9091:90'],
+  });
+  const knock = async (...where: readonly string[]): Promise<string> =>
+    await inside('timeout', '4', 'nc', '-w', '3', ...where).catch(() => '');
+  const reachable = async (when: string): Promise<void> => {
+    const theirs = await dockerd.docker(
+      ...['inspect', '-f', '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}', 'closed'],
+    );
+    for (const [port, answer] of [
+      ['90', 'open\n'],
+      ['91', 'secret\n'],
+    ] as const)
+      await until(`${theirs}:${port} answers the host`, 30_000, async () => {
+        const { stdout } = await within(lab.host).run(['busybox', 'nc', '-w', '2', theirs, port]);
+        return stdout === answer ? true : undefined;
+      });
+    assert.is(await knock('10.99.0.2', '9091'), 'open', `${when}: published`);
+    assert.is(await knock(theirs, '91'), '', `${when}: not published`);
+  };
+  await reachable('before');
   // A container of Docker's own network still has its way out.
   await dockerd.run(image, { ...sleeper('plain'), network: 'bridge' });
   await dockerd.docker('exec', 'plain', 'ping', '-c', '1', '-W', '2', '10.99.0.1');
@@ -145,14 +170,16 @@ test('attach serves a container beside Docker’s FORWARD DROP, before and after
   await dockerd.docker('start', 'box');
   await attach(environment, await engine.inspect('box'), '172.16.0.80');
   await inside('ping', '-c', '1', '-W', '2', '10.99.0.1');
-  await dockerd.docker('rm', '-f', 'box', 'plain');
+  await dockerd.docker('start', 'closed');
+  await reachable('after');
+  await dockerd.docker('rm', '-f', 'box', 'plain', 'closed');
   await environment.detach({ id: 'box' });
   await environment.cleanNode();
   assert.is(await policy(), before);
   assert.not.match((await within(lab.host).run(['nft', 'list', 'ruleset'])).stdout, /edgeway|EW-/);
 });
 
-test('setupNode before Docker starts for the first time: our rules hold when its DROP arrives', async ({
+test('setupNode while Docker’s policy is not DROP yet: our rules hold when it arrives with a restart', async ({
   lab,
   dockerd,
   image,
@@ -169,20 +196,8 @@ test('setupNode before Docker starts for the first time: our rules hold when its
     mtu: MTU,
     ports: [{ source: 8080, destination: 80, protocol: 'tcp' }],
   });
-  const server = spawn(
-    'nsenter',
-    [
-      `--net=/run/netns/${a}`,
-      '--',
-      process.env['NODE'] ?? 'node',
-      join(import.meta.dirname!, 'whoami.mjs'),
-      '80',
-      'us',
-    ],
-    { stdio: ['ignore', 'pipe', 'inherit'] },
-  );
+  const server = await whoami(a, 80, 'us');
   try {
-    await new Promise((resolve) => server.stdout.once('data', resolve));
     const published = async (): Promise<string> =>
       (
         await within(lab.outside).run([

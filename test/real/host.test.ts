@@ -18,6 +18,7 @@ import {
   reaches,
   SERVICES,
   says,
+  spoken,
   start,
   Talker,
   toNetns,
@@ -33,7 +34,7 @@ async function startProcess(dir: string, ownFile: boolean): Promise<ChildProcess
   const child = spawn('unshare', ['--net', '--mount', 'sh', '-c', `${bind}echo ready; exec sleep 300`], {
     stdio: ['ignore', 'pipe', 'inherit'],
   });
-  await new Promise((resolve) => child.stdout.once('data', resolve));
+  await spoken(child, 'the process');
   return child;
 }
 
@@ -256,6 +257,25 @@ test('a conversation through a published port ends when the port leads elsewhere
   } finally {
     for (const one of [...talkers.map(({ child }) => child), ...servers]) one.kill('SIGKILL');
   }
+});
+
+test('a port that Docker publishes by rules alone is taken', async ({ lab }) => {
+  const a = await lab.instance('a');
+  const environment = lab.environment();
+  await environment.setupNode(node);
+  // As Docker writes it with userland-proxy=false: no process listens.
+  for (const rule of [
+    '-N DOCKER',
+    '-A DOCKER ! -i docker0 -p tcp -m tcp --dport 9090 -j DNAT --to-destination 172.17.0.2:90',
+  ])
+    assert.is((await lab.runner.run(['iptables', '-t', 'nat', ...rule.split(' ')])).status, 0);
+  const attach = (source: number) =>
+    environment.attach({
+      ...toNetns('a', a, '172.16.0.66'),
+      ports: [{ source, destination: 80, protocol: 'tcp' }],
+    });
+  assert.match(await codeOf(attach(9090)), /^port_taken: .* held by a container of Docker/);
+  assert.is(await codeOf(attach(9091)), 'ok');
 });
 
 test('one namespace is one instance’s, by whatever name it is called', async ({ lab }) => {
