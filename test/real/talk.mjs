@@ -28,8 +28,8 @@ if (protocol === 'tcp') {
   const socket = createSocket(host.includes(':') ? 'udp6' : 'udp4');
   socket.on('message', hear);
   socket.on('error', fail);
-  await new Promise((resolve) => {
-    socket.connect(Number(port), host, resolve);
+  await new Promise((resolve, reject) => {
+    socket.connect(Number(port), host, (error) => (error ? reject(error) : resolve()));
   });
   send = (bytes) => socket.send(bytes);
 }
