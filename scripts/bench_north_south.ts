@@ -2,10 +2,11 @@
 // published port beside the same path without us.
 //   npm run bench -- north-south [--json FILE] [--quick] [--cycles N] [--seconds S] [--runs N]
 //
-//   …-o 10.99.0.1 ── veth ── 10.99.0.2 …-h ── edgeway0 172.16.0.65/26 ── …-a 172.16.0.66   published: 10.99.0.2:5301
-//                                          └─ plain0   192.168.77.1/24 ── …-b 192.168.77.2   routed: its own address
+//   …-o ─┬─ 10.99.0.1 ── veth ── 10.99.0.2 …-h ── edgeway0 172.16.0.65/26  ── …-a 172.16.0.66   published: 10.99.0.2:5301
+//        └─ 10.98.0.1 ── veth ── 10.98.0.2 …-p ── plain0   192.168.77.1/24 ── …-b 192.168.77.2  routed: its own address
 //
-// "Without us" is the same host forwarding the same bytes over a bridge and a veth of its own, by its routes alone.
+// "Without us" is another host, on which we never were, that forwards the same bytes over a bridge and a veth of its
+// own, by its routes alone: no rule, hook or connection tracking of ours.
 import { type ChildProcess, spawn } from 'node:child_process';
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -42,6 +43,7 @@ const RUNS = values.quick ? 3 : Number(values.runs);
 const PREFIX = `ewB${process.pid}`;
 const HOST = `${PREFIX}-h`;
 const OUTSIDE = `${PREFIX}-o`;
+const PLAIN_HOST = `${PREFIX}-p`;
 const [OURS, PLAIN] = [`${PREFIX}-a`, `${PREFIX}-b`];
 
 async function must(...argv: readonly string[]): Promise<string> {
@@ -77,7 +79,12 @@ async function found(dir: string): Promise<readonly string[]> {
   return lines.filter((line) => line !== '');
 }
 
-/** Cycles in a process of their own that is killed 20 to 400 ms after it began, as long as there are cycles to do. */
+/** A process is killed at a random moment of so many milliseconds after its work began: five to twenty cycles. */
+const LIFE_MS = 3_000;
+/** Kills per cycle below which the run says too little. */
+const KILLS_MIN = 0.05;
+
+/** Cycles in processes of their own that are killed in the middle, as long as there are cycles to do. */
 async function cycles(dir: string): Promise<{ done: number; kills: number; leaks: readonly string[] }> {
   const state = join(dir, 'kudo');
   const before = await found(dir);
@@ -85,8 +92,6 @@ async function cycles(dir: string): Promise<{ done: number; kills: number; leaks
   let done = 0;
   let kills = 0;
   while (done < CYCLES) {
-    // Four of five processes live long enough for some hundred cycles; every fifth is killed in its first steps.
-    const lifeMs = rng.below(5) === 0 ? 150 + rng.below(400) : 2_000 + rng.below(10_000);
     const child = spawn(
       process.execPath,
       [
@@ -98,16 +103,15 @@ async function cycles(dir: string): Promise<{ done: number; kills: number; leaks
       ],
       { stdio: ['ignore', 'pipe', 'inherit'] },
     );
+    let killer: ReturnType<typeof setTimeout> | undefined;
     child.stdout.setEncoding('utf8').on('data', (text: string) => {
-      done += text.split('\n').length - 1;
+      done += text.match(/^\d+$/gm)?.length ?? 0;
+      killer ??= setTimeout(() => child.kill('SIGKILL'), rng.below(LIFE_MS));
     });
     const exited = new Promise<number | null>((resolve) => child.once('close', (status) => resolve(status)));
-    const killer = setTimeout(() => {
-      kills += 1;
-      child.kill('SIGKILL');
-    }, lifeMs);
     const status = await exited;
     clearTimeout(killer);
+    if (status === null) kills += 1;
     if (status !== 0 && status !== null) throw new Error(`a cycle failed with status ${status}`);
     if (process.stdout.isTTY) process.stdout.write(`\r${done} cycles, ${kills} kills `);
   }
@@ -170,15 +174,16 @@ async function throughput(
       mtu,
       ports: [{ source: 5301, destination: 5201, protocol: 'tcp' }],
     });
-    await ip(HOST, 'link add plain0 type bridge');
-    await ip(HOST, 'addr add 192.168.77.1/24 dev plain0');
-    await ip(HOST, 'link set plain0 up');
-    await ip(HOST, `link add plainb type veth peer name eth0 netns ${PLAIN}`);
-    await ip(HOST, 'link set plainb master plain0 up');
+    await within(PLAIN_HOST).run(['tee', '/proc/sys/net/ipv4/ip_forward'], '1');
+    await ip(PLAIN_HOST, 'link add plain0 type bridge');
+    await ip(PLAIN_HOST, 'addr add 192.168.77.1/24 dev plain0');
+    await ip(PLAIN_HOST, 'link set plain0 up');
+    await ip(PLAIN_HOST, `link add plainb type veth peer name eth0 netns ${PLAIN}`);
+    await ip(PLAIN_HOST, 'link set plainb master plain0 up');
     await ip(PLAIN, 'addr add 192.168.77.2/24 dev eth0');
     await ip(PLAIN, 'link set eth0 up');
     await ip(PLAIN, 'route add default via 192.168.77.1');
-    await ip(OUTSIDE, 'route add 192.168.77.0/24 via 10.99.0.2');
+    await ip(OUTSIDE, 'route add 192.168.77.0/24 via 10.98.0.2');
     for (const netns of [OURS, PLAIN]) {
       const server = spawn('nsenter', [`--net=/run/netns/${netns}`, '--', 'iperf3', '-s', '--forceflush'], {
         stdio: ['ignore', 'pipe', 'inherit'],
@@ -201,18 +206,23 @@ async function throughput(
 await must('iperf3', '--version');
 const dir = await mkdtemp(join(tmpdir(), 'edgeway-bench-'));
 const servers: ChildProcess[] = [];
-const namespaces = [OUTSIDE, HOST, OURS, PLAIN];
+const namespaces = [OUTSIDE, HOST, PLAIN_HOST, OURS, PLAIN];
 try {
   for (const name of namespaces) {
     await must('ip', 'netns', 'add', name);
     await ip(name, 'link set lo up');
   }
-  await ip(HOST, `link add up0 type veth peer name down0 netns ${OUTSIDE}`);
-  await ip(HOST, 'addr add 10.99.0.2/24 dev up0');
-  await ip(HOST, 'link set up0 up');
-  await ip(OUTSIDE, 'addr add 10.99.0.1/24 dev down0');
-  await ip(OUTSIDE, 'link set down0 up');
-  await ip(HOST, 'route add default via 10.99.0.1');
+  for (const [host, down, net] of [
+    [HOST, 'down0', '10.99.0'],
+    [PLAIN_HOST, 'down1', '10.98.0'],
+  ] as const) {
+    await ip(host, `link add up0 type veth peer name ${down} netns ${OUTSIDE}`);
+    await ip(host, `addr add ${net}.2/24 dev up0`);
+    await ip(host, 'link set up0 up');
+    await ip(OUTSIDE, `addr add ${net}.1/24 dev ${down}`);
+    await ip(OUTSIDE, `link set ${down} up`);
+    await ip(host, `route add default via ${net}.1`);
+  }
 
   const started = performance.now();
   const { done, kills, leaks } = await cycles(dir);
@@ -247,6 +257,10 @@ try {
       )}\n`,
     );
   if (leaks.length > 0 || ratio < 0.8) process.exitCode = 1;
+  if (kills < done * KILLS_MIN) {
+    console.log(`only ${kills} kills: cycles end sooner than they are killed`);
+    process.exitCode = 1;
+  }
 } finally {
   for (const server of servers) server.kill('SIGKILL');
   for (const name of namespaces) await hostRunner.run(['ip', 'netns', 'del', name]);

@@ -1,5 +1,5 @@
 // A process that sets an instance up and cleans it, over and over, until it is killed; bench_north_south.ts kills it.
-// Prints one line per finished cycle. Begins, like any caller after a crash, by calling the same functions again.
+// Prints `begin` when the work starts and the number of each finished cycle, one a line. Begins, like any caller after a crash, by calling the same functions again.
 //   kudo_cycles.ts NETNS STATE_DIR FIRST LAST
 import process from 'node:process';
 import { hostRunner } from '../edge/io/exec.ts';
@@ -19,6 +19,7 @@ const kudo = createKudo({
 const nodeId = 'cycles';
 const peer = { nodeId: 'peer', nodeIp: { clusterIpCidr: '10.0.1.1/24', externalIpAddr: '10.99.0.3' } };
 
+console.log('begin');
 for (let cycle = Number(first); cycle < Number(last); cycle++) {
   // Every twentieth cycle the node goes too.
   await kudo.setupNode({ nodeId, nodeIpCidr: '10.0.0.1/24', nodesIps: [peer] });
