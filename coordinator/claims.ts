@@ -335,6 +335,15 @@ async function publishing(
   ];
 }
 
+/** Rejects `lease_lost` when the subnet with that epoch, and `conflict` when the node id, is no longer this host's. */
+export async function checkClaim(
+  kv: Kv,
+  keys: Keys,
+  node: Pick<Node, 'node' | 'cluster' | 'nodeIp' | 'subnet' | 'epoch'>,
+): Promise<void> {
+  await publishing(kv, keys, node.subnet, node);
+}
+
 function readHost({ key, value }: KvEntry): Result<Host> {
   const host = decodeHost(value);
   return host.ok ? host : { ok: false, error: recordError(key, host.error) };

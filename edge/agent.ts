@@ -4,6 +4,7 @@
 import { Buffer } from 'node:buffer';
 import {
   applyService,
+  checkClaim,
   claimInstance,
   claimSubnet,
   deleteService,
@@ -132,6 +133,9 @@ const RESUME_RETRY_MS = 5_000;
 
 /** What comes back by itself when etcd does. */
 const MAY_PASS: ReadonlySet<ErrorCode> = new Set(['coordination_unavailable', 'timeout', 'conflict']);
+
+/** How the keyspace says that what this node held may be another's. */
+const CLAIM_LOST: ReadonlySet<ErrorCode> = new Set(['lease_lost', 'conflict']);
 
 const hostedKey = (service: ServiceId, instance: number): string => `${service}/${instance}`;
 
@@ -620,7 +624,7 @@ export class Agent implements NodeControl {
             await this.#publishAll(held, claim);
           } catch (thrown) {
             // The subnet may be what is lost, and then no other lease would help.
-            if (toEdgewayError(thrown).code === 'lease_lost' && !(await this.#checkClaim(claim))) return;
+            if (CLAIM_LOST.has(toEdgewayError(thrown).code) && !(await this.#checkClaim(claim))) return;
             throw thrown;
           }
           if (!this.#alonePhase) return;
@@ -760,14 +764,19 @@ export class Agent implements NodeControl {
     await again();
   }
 
-  /** Whether the subnet is still this node's; when it is not, the node joins anew. */
+  /** Whether subnet and node id are still this host's; when one is not, the node joins anew. */
   async #checkClaim({ subnet, epoch }: SubnetClaim): Promise<boolean> {
-    const { kv, keys } = this.#parts;
-    const entry = await kv.get(keys.build({ kind: 'subnet', subnet }));
-    if (entry?.createRevision === epoch) return true;
-    const what = entry === undefined ? 'its claim is gone' : 'it was claimed anew';
-    void this.#rejoin(new EdgewayError('lease_lost', `subnet ${formatCidr(subnet)}: ${what}`), subnet);
-    return false;
+    const { kv, keys, config, nodeIp } = this.#parts;
+    const { node, cluster } = config;
+    try {
+      await checkClaim(kv, keys, { node, cluster, nodeIp, subnet, epoch });
+      return true;
+    } catch (thrown) {
+      const error = toEdgewayError(thrown);
+      if (!CLAIM_LOST.has(error.code)) throw thrown;
+      void this.#rejoin(error, subnet);
+      return false;
+    }
   }
 
   /** A claim can vanish while both leases live: deleted by hand, or with an etcd that was restored from an old copy. */

@@ -2,10 +2,10 @@
 // sets up stays when it ends: the next start finds it by the state directory.
 import process from 'node:process';
 import { toEdgewayError } from '../../src/error.ts';
+import { hostLock } from '../io/directory_lock.ts';
 import { hostRunner } from '../io/exec.ts';
 import { hostFiles } from '../io/files.ts';
 import { serveGrpc } from '../io/grpc_server.ts';
-import { hostLock } from '../io/directory_lock.ts';
 import { createLogger } from '../io/log.ts';
 import { createKudo } from './kudo.ts';
 import { networkService } from './service.ts';

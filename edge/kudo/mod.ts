@@ -2,9 +2,9 @@
 // rules. State is kept in /var/lib/edgeway/kudo, or where EDGEWAY_KUDO_DIR says.
 import process from 'node:process';
 import { SILENT } from '../../src/log.ts';
+import { hostLock } from '../io/directory_lock.ts';
 import { hostRunner } from '../io/exec.ts';
 import { hostFiles } from '../io/files.ts';
-import { hostLock } from '../io/directory_lock.ts';
 import { createKudo } from './kudo.ts';
 
 export { EdgewayError, type ErrorCode } from '../../src/error.ts';

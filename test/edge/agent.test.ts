@@ -13,8 +13,8 @@ import { RouteFollower } from '../../edge/routes/follow.ts';
 import { EdgewayError } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
 import { SILENT } from '../../src/log.ts';
-import { DEFAULT_NETWORK_CONFIG } from '../../src/records.ts';
-import { CART, descriptor, ip } from '../support/sample.ts';
+import { DEFAULT_NETWORK_CONFIG, encodeHost, encodeNode } from '../../src/records.ts';
+import { CART, descriptor, ip, node } from '../support/sample.ts';
 import { settle, VirtualTime } from '../support/time.ts';
 
 const keys = new Keys();
@@ -94,6 +94,7 @@ function start(flags: Record<string, string> = {}, earlier: Partial<World> = {})
     routes,
     openAll: () => new RouteFollower({ keys, open, after }),
     environment: host.environment,
+    stores: [],
     engine: {
       inspect: async (name) => {
         throw new EdgewayError('container_unknown', `no container ${name}`);
@@ -289,6 +290,30 @@ test('Agent: a subnet claim that somebody deleted is noticed within two minutes'
   const [key] = await keysOf(world, 'instances');
   const entry = await world.store.connect().get(key!);
   assert.is(JSON.parse(entry!.value).epoch, claim!.createRevision, 'published under the new epoch');
+});
+
+test('Agent: a node whose id passed to another host while etcd was away does not publish what it held', async () => {
+  const world = start();
+  await during(world, world.agent.restore());
+  await during(world, deployCart(world.agent));
+  world.kv.partitioned = true;
+  for (let h = 0; h < 25; h++) {
+    await world.time.advance(3_600_000);
+    world.store.expire();
+  }
+  const other = node('n1', 9, { cluster: 'default', nodeIp: ip('10.0.0.99') });
+  const puts = [
+    [keys.build({ kind: 'host', node: 'n1' }), encodeHost({ cluster: 'default', nodeIp: other.nodeIp })],
+    [keys.build({ kind: 'node', cluster: 'default', node: 'n1' }), encodeNode(other)],
+  ] as const;
+  const operations = puts.map(([key, value]) => ({ kind: 'put', key, value }) as const);
+  await world.store.connect().txn([], operations);
+  world.kv.partitioned = false;
+  await world.time.advance(60_000);
+  const [published] = (await world.store.connect().range(keys.prefix('nodes'))).entries;
+  assert.equal(published?.value, encodeNode(other), 'the other host stands untouched');
+  assert.equal(await keysOf(world, 'instances'), []);
+  assert.is(world.host.attached.size, 0, 'its instances have no network of that id');
 });
 
 test('Agent: a claim that may have ended while the node was off is not used without etcd', async () => {
