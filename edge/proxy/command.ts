@@ -49,7 +49,7 @@ export type ProxyCommand =
       readonly instances: readonly InstanceRoute[];
     }
   | { readonly kind: 'serviceGone'; readonly service: ServiceId }
-  /** The answer to a `miss` when nobody has the address: packets that wait for it are refused. */
+  /** The answer to a `miss` when nobody has the address: packets to it that wait are refused. */
   | { readonly kind: 'unowned'; readonly address: Ipv4 }
   /** Weights of instances that an earlier `service` named; flows that exist are not touched, a later `service` of the
    *  same instance numbers keeps them. */

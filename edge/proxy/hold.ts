@@ -110,11 +110,14 @@ export class Hold {
     this.free(goes);
   }
 
-  /** The address has no owner: gives each packet that waited for its route, and lets go of it. */
+  /**
+   * The address has no owner: gives each packet from the bridge that waited for its route, and lets go of it. Those from
+   * the tunnel wait on: whoever sent them has just come, and nobody here is to be told.
+   */
   giveUp(address: number, each: (held: Held) => void): void {
     if (this.waiting === 0) return;
     for (const held of this.#slots)
-      if (held.state === 'route' && held.address === address) {
+      if (held.state === 'route' && held.leaving && held.address === address) {
         each(held);
         this.free(held);
       }

@@ -836,7 +836,7 @@ export class ProxyTun {
         this.#missedMs.delete(command.address);
         this.hold.giveUp(command.address, (held) => {
           this.counters[COUNT.packets_given_up]!++;
-          if (held.leaving) this.#refuse(held.at, now);
+          this.#refuse(held.at, now);
         });
         return;
       case 'weights':
