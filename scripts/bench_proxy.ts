@@ -8,7 +8,8 @@
 //
 // Every path gets the same loads (iperf3 for TCP streams, bench_load.ts for the rest), paths take turns at every load,
 // and the table shows medians. Everything shares this machine's cores: read the ratios, not the figures.
-//   npm run bench -- [--quick] [--repeat N] [--seconds N] [--paths node,kernel] [--soak SECONDS] [--json FILE]
+//   npm run bench -- [--quick] [--repeat N] [--seconds N] [--soak SECONDS] [--json FILE]
+//                    [--paths node,kernel] [--loads tcp1,tcp4,wire,rr,udp,conn]
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { availableParallelism, cpus, release } from 'node:os';
@@ -45,12 +46,14 @@ const { values } = parseArgs({
     repeat: { type: 'string' },
     seconds: { type: 'string' },
     paths: { type: 'string' },
+    loads: { type: 'string' },
     soak: { type: 'string' },
     json: { type: 'string' },
   },
 });
 const repeat = Number(values.repeat ?? (values.quick ? 1 : 3));
 const seconds = Number(values.seconds ?? (values.quick ? 2 : 5));
+const loads = values.loads?.split(',');
 const chosen = (values.paths?.split(',') ?? PATHS) as Path[];
 /** Bisection of the datagram rate: this many trials after the first. */
 const UDP_TRIALS = values.quick ? 4 : 7;
@@ -284,8 +287,8 @@ function offloads(place: Place, on: boolean): void {
 type Step = (path: Path, place: Place, figures: Figures) => Promise<void> | void;
 
 /** Paths take turns at every step, so that what else the machine does meets all of them alike. */
-const STEPS: readonly Step[] = [
-  async (_, place, figures) => {
+const LOADS: Readonly<Record<string, Step>> = {
+  tcp1: async (_, place, figures) => {
     const before = await agents(place);
     const machine = machineCpu();
     const one = iperf(place, 1);
@@ -294,10 +297,10 @@ const STEPS: readonly Step[] = [
     figures.machine_cpu_s_per_gb = (machineCpu() - machine) / (one.bytes / 1e9);
     if (place.agents.length > 0) figures.cpu_s_per_gb = (after.cpuS - before.cpuS) / (one.bytes / 1e9);
   },
-  (_, place, figures) => {
+  tcp4: (_, place, figures) => {
     figures.tcp4_mbps = iperf(place, 4).mbps;
   },
-  (path, place, figures) => {
+  wire: (path, place, figures) => {
     if (path === 'same_node') return;
     offloads(place, false);
     try {
@@ -306,19 +309,22 @@ const STEPS: readonly Step[] = [
       offloads(place, true);
     }
   },
-  (_, place, figures) => {
+  rr: (_, place, figures) => {
     const rr = load(place, 'rr', seconds);
     figures.rr_p50_us = rr['p50_us']!;
     figures.rr_p99_us = rr['p99_us']!;
   },
-  (_, place, figures) => {
+  udp: (_, place, figures) => {
     figures.udp64_pps = udp64(place);
   },
-  async (_, place, figures) => {
+  conn: async (_, place, figures) => {
     figures.conn_per_s = load(place, 'connect', Math.min(seconds, 3))['per_s']!;
     if (place.agents.length > 0) figures.rss_load_mb = (await agents(place)).rssMb;
   },
-];
+};
+const STEPS = Object.entries(LOADS)
+  .filter(([name]) => loads?.includes(name) ?? true)
+  .map(([, step]) => step);
 
 /** Waits for a quiet machine, at most that long; the share of time that its cores were busy when it began. */
 async function quiet(limitMs: number): Promise<number> {

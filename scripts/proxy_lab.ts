@@ -9,7 +9,7 @@ import process from 'node:process';
 import { createInterface } from 'node:readline';
 import type { InstanceRoute, ProxyCommand, ProxyConfig, ProxyReport } from '../edge/proxy/command.ts';
 import { formatIpv4, type Ipv4, ipv4 } from '../src/addr.ts';
-import { MTU_DEFAULT, VNI_DEFAULT } from '../src/limits.ts';
+import { MTU_DEFAULT, sendSegments, VNI_DEFAULT } from '../src/limits.ts';
 import type { ServiceId } from '../src/name.ts';
 
 const root = join(import.meta.dirname, '..');
@@ -269,6 +269,8 @@ export class ProxyLab {
     ipBatch(netns, [
       `addr add ${formatIpv4(instance.namespaceIp)}/26 dev eth0`,
       'link set eth0 up',
+      // As the agent does (edge/host/plan.ts); a host without a loop is the kernel's own.
+      ...(host.process === undefined ? [] : [`link set eth0 gso_max_segs ${sendSegments(MTU_DEFAULT)}`]),
       `route add default via ${formatIpv4(host.bridge)}`,
     ]);
     host.instances.push(instance);

@@ -4,7 +4,7 @@
 import { createHash } from 'node:crypto';
 import { type Cidr, formatCidr, formatIpv4, type Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
-import { INTERFACE_NAME_MAX } from '../../src/limits.ts';
+import { INTERFACE_NAME_MAX, sendSegments } from '../../src/limits.ts';
 import { dropRules, macOf, ownLinks, rulesOf } from './rules.ts';
 import type { Attachment, HostState, NodeState, Peer } from './state.ts';
 
@@ -331,6 +331,8 @@ export function planAttach(
     inside(`addr add ${formatIpv4(one.namespaceIp)}/${one.subnet.bits} dev ${inner}`),
     inside(`link set ${inner} up`),
   );
+  // Two segments more than one send takes would cost a send, a receive and a wake-up of their own.
+  if (node.services !== undefined) steps.push(inside(`link set ${inner} gso_max_segs ${sendSegments(mtu)}`));
   if (!seen.hasDefault) steps.push(inside(`route add default via ${gateway} dev ${inner}`));
   else if (node.platform !== undefined)
     steps.push(inside(`route replace ${formatCidr(node.platform)} via ${gateway} dev ${inner}`));

@@ -46,6 +46,7 @@ import {
   PROBE_STATUS_BYTES,
   SEGMENTS_MAX,
   SOCKET_BUFFER_BYTES,
+  SPIN_PACKETS,
   SPIN_US_DEFAULT,
   TUN_QUEUE,
   TUNNEL_OVERHEAD,
@@ -275,26 +276,50 @@ class Loop {
   }
 
   run(): void {
-    let lastWorkMs = performance.now();
+    // When the last turn ended, how many packets it had, and whether the next came soon.
+    let idleMs = performance.now();
+    let packets = 0;
+    let brisk = false;
     while (this.#running) {
       this.#now = performance.now();
       if (Atomics.load(this.#flags, FLAG.exit) === 1) break;
       if (Atomics.exchange(this.#flags, FLAG.messages, 0) === 1) this.#takeMessages();
-      const work = this.#tunReady || this.#tunnelReady;
-      // A side that used up its turn has more; the other one goes first.
-      if (this.#tunReady) this.#tunReady = this.#fromTun() === TUN_READS;
-      if (this.#tunnelReady) this.#tunnelReady = this.#fromTunnel() === TUNNEL_READS;
+      if (this.#tunReady || this.#tunnelReady) {
+        packets = this.#turn();
+        idleMs = performance.now();
+      }
       if (this.#now - this.#tickedMs >= TICK_MS) this.#tick();
       const unwritten = this.#flowFile?.dirty === true;
       if (unwritten && this.#now - this.#wroteMs >= FLOW_WRITE_MS) this.#writeFlows();
       if (this.#tunReady || this.#tunnelReady) continue;
-      if (work) lastWorkMs = this.#now;
-      if (this.#now - lastWorkMs < this.#spinMs) {
+      // Single packets that come faster than a sleeper wakes are waited for awake. The core is offered to whoever else
+      // must run, before each look: on a small machine that is who has to answer. A turn of many waits asleep, where
+      // the next ones gather.
+      if (brisk && packets <= SPIN_PACKETS && this.#now - idleMs < this.#spinMs) {
+        sys.schedYield();
         this.#look(0);
         continue;
       }
       this.#look(unwritten ? FLOW_WRITE_MS : TICK_MS);
+      brisk = performance.now() - idleMs < this.#spinMs;
     }
+  }
+
+  /** What both sides have; returns how many packets were read. */
+  #turn(): number {
+    let packets = 0;
+    if (this.#tunReady) {
+      const read = this.#fromTun();
+      // A side that used up its turn has more; the other one goes first.
+      this.#tunReady = read === TUN_READS;
+      packets += read;
+    }
+    if (this.#tunnelReady) {
+      const read = this.#fromTunnel();
+      this.#tunnelReady = read === TUNNEL_READS;
+      packets += read;
+    }
+    return packets;
   }
 
   #tunReady = false;

@@ -32,6 +32,8 @@ export interface System {
   /** For requests whose argument is a number, such as TUNSETOFFLOAD. */
   ioctlValue(fd: number, request: number, argument: number): number;
   poll(fds: Pointer, count: number, timeoutMs: number): number;
+  /** Lets others of this core run first. */
+  schedYield(): number;
   eventfd(initial: number, flags: number): number;
   socket(domain: number, type: number, protocol: number): number;
   bind(fd: number, address: Pointer, length: number): number;
