@@ -71,7 +71,9 @@ export function connectEtcd(options: EtcdOptions): Kv {
 const GRPC_OPTIONS = {
   'grpc.keepalive_time_ms': PING_INTERVAL_MS,
   'grpc.keepalive_timeout_ms': PING_TIMEOUT_MS,
-  'grpc.keepalive_permit_without_calls': 1,
+  // etcd counts pings on a connection without calls as abuse and ends it at the third (GOAWAY), which on Deno 2.9 can
+  // end the process (an assertion in nghttp2). A watch is a call; without one there is nothing to learn.
+  'grpc.keepalive_permit_without_calls': 0,
   'grpc.initial_reconnect_backoff_ms': 100,
   'grpc.max_reconnect_backoff_ms': 1_000,
   // A page of a listing: RANGE_PAGE entries, of which a hand-written one may have etcd's limit of 1.5 MiB.
