@@ -4,7 +4,7 @@
 import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
 import { EXPOSE_RETRY_MS, PORT_REFUSED_RETRY_MS } from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
-import { type Instance, publishedPorts } from '../src/model.ts';
+import { type Instance, publishedPolicy, publishedPorts } from '../src/model.ts';
 import { parseServiceId, type ServiceId } from '../src/name.ts';
 import type { Environment } from './host/environment.ts';
 import type { Publication } from './host/rules.ts';
@@ -20,10 +20,11 @@ export interface ServicePublication extends Publication {
 }
 
 /**
- * What a node publishes. All instances here: the port leads to those that are healthy in turn, and they see the
- * client's address. One or more elsewhere: it leads to the service's roundrobin ServiceIP, the proxy chooses per flow,
- * and the instance sees this node. None that is healthy: nothing is published, and a client is refused at once. Who
- * talks to an instance of this node already, or through the ServiceIP, goes on. Ports of other services that claim the
+ * What a node publishes. Where only instances of this node are to be had (all are here, or the policy is `closest` and
+ * one here is healthy: to it a local instance is always closest), the port leads to the healthy ones in turn, and they
+ * see the client's address. Else it leads to the ServiceIP of the service's policy, the proxy chooses per flow, and the
+ * instance sees this node. None that is healthy: nothing is published, and a client is refused at once. Who talks to an
+ * instance of this node already, or through any ServiceIP of the service, goes on. Ports of other services that claim the
  * same (records edited by hand) are left out, the first service by name wins.
  */
 export function publicationsFor(
@@ -37,22 +38,25 @@ export function publicationsFor(
     const mappings = publishedPorts(service.descriptor);
     const instances = mappings.length === 0 ? [] : table.instancesOf(service.id);
     if (instances.length === 0) continue;
-    const address = service.addresses.roundrobin;
+    const policy = publishedPolicy(service.descriptor);
+    const address = service.addresses[policy];
     const local = instances.filter((instance) => instance.node === node);
-    const here = local.length === instances.length;
+    const up = local.filter(isUp);
+    const here = local.length === instances.length || (policy === 'closest' && up.length > 0);
     if (!here && address === undefined) continue;
+    const names = Object.values(service.addresses);
     for (const { protocol, source, destination: port } of mappings) {
       const key = `${protocol}/${source}`;
       if (publications.has(key)) continue;
       const byName = address === undefined ? undefined : { address, port };
       const target = ({ namespaceIp }: Instance) => ({ address: namespaceIp, port });
-      const targets = here || byName === undefined ? local.filter(isUp).map(target) : [byName];
+      const targets = here || byName === undefined ? up.map(target) : [byName];
       publications.set(key, {
         service: service.id,
         protocol,
         source,
         targets,
-        kept: [...local.map(target), ...(byName === undefined ? [] : [byName])],
+        kept: [...local.map(target), ...names.map((name) => ({ address: name, port }))],
         ...(byName === undefined ? {} : { hairpin: byName }),
       });
     }
@@ -133,13 +137,15 @@ export class NorthSouth {
 
   /** Ports that this node does not publish although it should, by the service whose they are. */
   refused(): ReadonlyMap<ServiceId, EdgewayError> {
-    const problems = new Map<ServiceId, EdgewayError>();
+    const reasons = new Map<ServiceId, string[]>();
     for (const { service, reason } of this.#refused.values())
-      problems.set(
+      reasons.set(service, [...(reasons.get(service) ?? []), reason]);
+    return new Map(
+      [...reasons].map(([service, all]) => [
         service,
-        new EdgewayError('port_taken', `node ${this.#options.node} does not publish it: ${reason}`),
-      );
-    return problems;
+        new EdgewayError('port_taken', `node ${this.#options.node} does not publish it: ${all.join('; ')}`),
+      ]),
+    );
   }
 
   /** Waits for what is under way; nothing begins after it. */

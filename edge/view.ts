@@ -20,13 +20,14 @@ export function viewInstance(i: Instance): InstanceView {
 }
 
 export function viewService(service: Service, instances: number): ServiceView {
-  const { needs, ports, exposed, statefull } = service.descriptor;
+  const { needs, ports, exposed, statefull, policy } = service.descriptor;
   return {
     service: service.id,
     ...(needs === undefined ? {} : { needs: [...needs] }),
     ports: [...ports],
     exposed,
     statefull,
+    ...(policy === undefined ? {} : { policy }),
     addresses: Object.fromEntries(
       Object.entries(service.addresses).map(([policy, address]) => [policy, formatIpv4(address)]),
     ),

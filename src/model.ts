@@ -77,6 +77,8 @@ export interface Descriptor {
   /** A number is a port that the service listens on; a mapping is published on the nodes too if it is `exposed`. */
   readonly ports: readonly (number | PortMapping)[];
   readonly statefull: boolean;
+  /** Which of its addresses a published port leads to; absent: roundrobin. */
+  readonly policy?: Policy;
   /** Absent: an instance is healthy while its process or namespace exists. */
   readonly health?: HealthCheck;
 }
@@ -103,6 +105,11 @@ export function portNumbers(ports: Descriptor['ports']): readonly number[] {
 /** What the nodes publish for it: nothing unless the descriptor says `exposed`. */
 export function publishedPorts(descriptor: Descriptor): readonly PortMapping[] {
   return descriptor.exposed ? descriptor.ports.filter((port) => typeof port !== 'number') : [];
+}
+
+/** Whom a published port chooses among the service's instances. */
+export function publishedPolicy(descriptor: Descriptor): Policy {
+  return descriptor.policy ?? 'roundrobin';
 }
 
 export interface Service {

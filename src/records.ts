@@ -145,6 +145,7 @@ export const descriptorSchema = v.object({
   needs: v.optional(v.array(parsed(parseNeed))),
   ports: v.optional(descriptorPortsSchema, []),
   statefull: v.optional(v.boolean(), false),
+  policy: v.optional(v.picklist(POLICIES)),
   health: v.optional(v.pipe(healthSchema, v.transform(checkOf))),
 });
 

@@ -4,7 +4,7 @@ import * as v from 'valibot';
 import { type Cidr, type Ipv4, ipv4, parseCidr, parseIpv4 } from '../../src/addr.ts';
 import { fail, ok, type Result } from '../../src/error.ts';
 import type { ServiceId } from '../../src/name.ts';
-import { IP_TYPES, type Policy, policyOfIpType } from '../../src/policy.ts';
+import { IP_TYPES, POLICIES, type Policy, policyOfIpType } from '../../src/policy.ts';
 import { descriptorSchema, instanceNumberSchema, ipv4Schema, serviceIdSchema } from '../../src/records.ts';
 
 /** What a caller asks to attach. */
@@ -132,6 +132,7 @@ export const serviceAnswer = v.object({
   ),
   exposed: v.boolean(),
   statefull: v.boolean(),
+  policy: v.optional(v.picklist(POLICIES)),
   addresses: v.record(v.string(), v.string()),
   instances: v.number(),
 });

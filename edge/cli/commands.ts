@@ -361,8 +361,9 @@ export const describeCommand = defineCommand({
         print(table(['NAME', 'ADDRESS'], [...names, ...fixed]));
         print(`\nneeds: ${service.needs === undefined ? 'any' : service.needs.join(', ') || 'none'}`);
         print(
-          `ports: ${service.ports.map((port) => (typeof port === 'number' ? port : JSON.stringify(port))).join(', ') || 'none declared'}\n`,
+          `ports: ${service.ports.map((port) => (typeof port === 'number' ? port : JSON.stringify(port))).join(', ') || 'none declared'}`,
         );
+        print(`exposed: ${service.exposed ? `on every node, by ${service.policy ?? 'roundrobin'}` : 'no'}\n`);
       }
       print(table(INSTANCE_HEADER, own.map(instanceRow)));
       printProblems(problems);

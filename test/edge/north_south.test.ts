@@ -7,6 +7,7 @@ import { formatIpv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import { type Logger, SILENT } from '../../src/log.ts';
 import type { PortMapping, Service } from '../../src/model.ts';
+import { POLICIES, type Policy } from '../../src/policy.ts';
 import { CART, descriptor, instance, ip, node, sid } from '../support/sample.ts';
 
 const HERE = node('here', 0);
@@ -48,6 +49,31 @@ test('publicationsFor leads to the instances while all are here, else to the Ser
   assert.equal(at(tableOf(service(), instance(THERE, CART, 3))), byName);
   const hidden = service(CART, [web], { descriptor: descriptor(CART, { exposed: false, ports: [web] }) });
   assert.equal(at(tableOf(hidden, one)), []);
+});
+
+test('publicationsFor leads to the ServiceIP of the service’s policy; to closest what is here and healthy is closest', () => {
+  const addresses = { roundrobin: ip('172.30.0.9'), closest: ip('172.30.0.10'), fastest: ip('172.30.0.11') };
+  const under = (policy: Policy) =>
+    service(CART, [web], {
+      addresses,
+      descriptor: descriptor(CART, { exposed: true, ports: [web], policy }),
+    });
+  const [one, there] = [instance(HERE, CART, 1), instance(THERE, CART, 3)];
+  for (const policy of POLICIES) {
+    const to = formatIpv4(addresses[policy]);
+    const hairpin = `; inside ${to}`;
+    assert.equal(at(tableOf(under(policy), there)), [`tcp/8080 → ${to}:80${hairpin}`]);
+    const both = publicationsFor(tableOf(under(policy), one, there), 'here', up);
+    const first = policy === 'closest' ? formatIpv4(one.namespaceIp) : to;
+    assert.equal(show(both), [`tcp/8080 → ${first}:80${hairpin}`]);
+    assert.equal(
+      both[0]?.kept?.map(({ address }) => address),
+      [one.namespaceIp, ...Object.values(addresses)],
+      'a conversation outlives another policy',
+    );
+    const unhealthy = publicationsFor(tableOf(under(policy), one, there), 'here', () => false);
+    assert.equal(show(unhealthy), [`tcp/8080 → ${to}:80${hairpin}`]);
+  }
 });
 
 test('publicationsFor does without a ServiceIP while it can, and gives a port to one service only', () => {
@@ -115,7 +141,10 @@ function host(table: RouteTable, log: Logger = SILENT) {
         told.push(show(publications));
         tunnels.push(ports);
         return state.taken
-          ? publications.map((publication) => ({ publication, reason: 'it belongs to somebody' }))
+          ? publications.map((publication) => ({
+              publication,
+              reason: `${publication.protocol}/${publication.source} belongs to somebody`,
+            }))
           : [];
       },
     },
@@ -170,21 +199,26 @@ test('NorthSouth waits for a complete table, tries again what failed, and begins
   assert.is(told.length, 1);
 });
 
-test('NorthSouth asks again for a port that somebody has, names it meanwhile, and warns once', async () => {
+test('NorthSouth asks again for a port that somebody has, names all meanwhile, and warns once', async () => {
   const warnings: string[] = [];
   const log = { ...SILENT, warn: (_fields: unknown, text: string) => warnings.push(text) } as Logger;
-  const { northSouth, told, timers, state, settled } = host(tableOf(service(), instance(HERE, CART, 1)), log);
+  const dns: PortMapping = { source: 53, destination: 53, protocol: 'udp' };
+  const table = tableOf(service(CART, [web, dns]), instance(HERE, CART, 1));
+  const { northSouth, told, timers, state, settled } = host(table, log);
   state.taken = true;
   northSouth.update();
   await settled();
   for (let times = 0; times < 3; times++) {
-    assert.match(northSouth.refused().get(CART)?.message ?? '', 'belongs to somebody');
+    assert.is(
+      northSouth.refused().get(CART)?.message,
+      'node here does not publish it: tcp/8080 belongs to somebody; udp/53 belongs to somebody',
+    );
     assert.is(timers.length, 1);
     timers.shift()?.act();
     await settled();
   }
   assert.is(told.length, 4);
-  assert.is(warnings.length, 1);
+  assert.is(warnings.length, 2, 'one per port');
   state.taken = false;
   timers.shift()?.act();
   await settled();

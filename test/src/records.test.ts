@@ -104,12 +104,13 @@ const anyRecord: fc.Arbitrary<[Key, string, unknown]> = fc.oneof(
       fc.array(anyServiceId, { maxLength: 4 }),
       fc.array(anyPort, { maxLength: 3 }),
       fc.boolean(),
+      fc.constantFrom(undefined, ...POLICIES),
       anyIpv4,
     )
-    .map(([id, needs, ports, exposed, address]): [Key, string, unknown] => {
+    .map(([id, needs, ports, exposed, policy, address]): [Key, string, unknown] => {
       const service = {
         id,
-        descriptor: descriptor(id, { needs, ports, exposed }),
+        descriptor: descriptor(id, { needs, ports, exposed, ...(policy === undefined ? {} : { policy }) }),
         addresses: { closest: address },
       };
       return [{ kind: 'service', service: id }, encodeService(service), service];
@@ -263,7 +264,15 @@ test('parseDescriptor takes names in needs, and never addresses', () => {
   );
   assert.equal(parsed.descriptor.needs, ['shop.prod.db.v1', 'shop.prod.pay.v1']);
   assert.not('addresses' in parsed.descriptor);
-  for (const bad of [null, 1, [], {}, { ...descriptor(), appname: '-' }, { ...descriptor(), ports: [0] }])
+  for (const bad of [
+    null,
+    1,
+    [],
+    {},
+    { ...descriptor(), appname: '-' },
+    { ...descriptor(), ports: [0] },
+    { ...descriptor(), policy: 'fixed' },
+  ])
     assert.not.ok(parseDescriptor(bad).ok);
 });
 
