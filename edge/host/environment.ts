@@ -333,11 +333,16 @@ export class Environment {
     const madeTable =
       observed.iptables === 'absent' &&
       !(await this.#observer.succeeds(['nft', 'list', 'table', 'ip', 'filter']));
-    const touches = observed.forward !== '1' && !('net/ipv4/ip_forward' in before.sysctls);
+    const known = 'net/ipv4/ip_forward' in before.sysctls;
+    const former =
+      !known && observed.forward === '1' && (await this.#observer.forwardingWasOff(this.#table))
+        ? '0'
+        : observed.forward;
+    const touches = former !== '1' && !known;
     const after: HostState = {
       ...before,
       node,
-      sysctls: touches ? { ...before.sysctls, 'net/ipv4/ip_forward': observed.forward } : before.sysctls,
+      sysctls: touches ? { ...before.sysctls, 'net/ipv4/ip_forward': former } : before.sysctls,
       filterTableIsOurs: before.filterTableIsOurs || madeTable,
       peers: { ...before.peers, ...peers },
     };
@@ -355,7 +360,10 @@ export class Environment {
     if (known !== undefined) {
       if (await this.#holds(known, request, target.identity, node.bridge))
         return attached(await this.#adjust(found, node, known, request));
-      await this.#detach(request.id);
+      // What is made anew in a namespace of our own making stays in the journal, which alone knows of it: a crash or a
+      // refusal on the way is not the instance's end.
+      if (known.madeNetns && target.create) await this.#remove(found, request.id, known);
+      else await this.#detach(request.id);
     } else if (target.create && target.identity !== '')
       throw new EdgewayError(
         'conflict',
@@ -589,6 +597,8 @@ export class Environment {
     if (!links.some((link) => link.ifname === known.hostInterface && link.master === bridge)) return false;
     const inside = (await this.#observer.addresses(known.netns)).get(known.inner) ?? [];
     if (!inside.includes(`${formatIpv4(known.namespaceIp)}/${known.subnet.bits}`)) return false;
+    // Ours comes last, where there was none: without one, a crash came before it.
+    if (!(await this.#observer.hasDefaultRoute(known.netns))) return false;
     if (request.resolvConf === undefined) return known.resolv === undefined;
     return known.resolv === undefined || (await this.#resolvIsOurs(request.id, known));
   }
@@ -597,10 +607,15 @@ export class Environment {
     const state = await this.#load();
     const known = attachmentOf(state, id);
     if (known === undefined) return;
+    await this.#save(await this.#remove(state, id, known));
+  }
+
+  /** Off the host, not out of the journal: answers what the journal is without it. */
+  async #remove(state: HostState, id: string, known: Attachment): Promise<HostState> {
     const { [id]: _gone, ...attachments } = state.attachments;
     const after = { ...state, attachments };
     await clear(this.#host, planDetach(state.node, known, await this.#resolvIsOurs(id, known), after));
-    await this.#save(after);
+    return after;
   }
 
   async #resolvIsOurs(id: string, { resolv }: Attachment): Promise<boolean> {

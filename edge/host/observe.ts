@@ -6,7 +6,7 @@ import { EdgewayError } from '../../src/error.ts';
 import type { Protocol } from '../../src/model.ts';
 import type { Runner } from '../ports.ts';
 import { enter } from './apply.ts';
-import { publishedSet } from './rules.ts';
+import { FORWARDING_WAS_OFF, publishedSet } from './rules.ts';
 
 const linkSchema = v.object({ ifname: v.string(), mtu: v.number(), master: v.optional(v.string()) });
 const addressSchema = v.object({
@@ -124,6 +124,17 @@ export class Observer {
   async tables(): Promise<readonly string[]> {
     const { stdout } = await this.#runner.run(['nft', 'list', 'tables', 'inet']);
     return [...stdout.matchAll(/^table inet (edgeway(?:-\S+)?)$/gm)].map((one) => one[1] ?? '');
+  }
+
+  /** Another network of ours on this host says that it was the first to need forwarding. `table`: our own. */
+  async forwardingWasOff(table: string): Promise<boolean> {
+    for (const other of await this.tables())
+      if (
+        other !== table &&
+        (await this.succeeds(['nft', 'list', 'chain', 'inet', other, FORWARDING_WAS_OFF]))
+      )
+        return true;
+    return false;
   }
 
   async #published(table: string, protocol: Protocol): Promise<readonly number[]> {

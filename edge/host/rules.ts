@@ -35,11 +35,12 @@ export function dropRules(table: string): string {
 
 export function rulesOf(
   node: NodeState,
-  state: Pick<HostState, 'attachments' | 'exposed' | 'peers' | 'tunnelPorts'>,
+  state: Pick<HostState, 'attachments' | 'exposed' | 'peers' | 'sysctls' | 'tunnelPorts'>,
 ): string {
   const publications = publicationsOf(state);
   return `${dropRules(node.table)}table inet ${node.table} {
 ${[
+  turnedForwarding(state),
   untracked(node),
   untrackedOut(node),
   input(node, Object.values(state.peers)),
@@ -113,6 +114,17 @@ export function publicationsOf(state: Pick<HostState, 'attachments' | 'exposed'>
 }
 
 type Lines = readonly string[];
+
+/**
+ * An empty chain says that forwarding was off before the first of our networks on this host. One that comes while it is
+ * on takes the note over, so that the last to leave turns it off, whoever that is; like the switch, the note does not
+ * outlive a boot.
+ */
+export const FORWARDING_WAS_OFF = 'forwarding_was_off';
+
+function turnedForwarding({ sysctls }: Pick<HostState, 'sysctls'>): Lines {
+  return sysctls['net/ipv4/ip_forward'] === '0' ? [`chain ${FORWARDING_WAS_OFF} {`, '}'] : [];
+}
 
 /** DNS on the bridge and overlay packets need no connection tracking: the proxy keeps the flows. Nameserver and
  *  ProxyTUN come together: a node without services has neither. */

@@ -75,6 +75,11 @@ export async function echo(netns: string, port: number, name: string): Promise<C
   return child;
 }
 
+/** The program of either end of a transfer. */
+export function stream(...args: readonly string[]): readonly string[] {
+  return [NODE, join(import.meta.dirname!, 'stream.mjs'), ...args];
+}
+
 /** A client that keeps one socket; `say` gives the answer, `error CODE` or `silence`. */
 export class Talker {
   readonly child: ChildProcess;

@@ -29,6 +29,9 @@ import {
   SERVICES,
   SUBNET,
   says,
+  spoken,
+  start,
+  stream,
   Talker,
   whoami,
   within,
@@ -137,6 +140,13 @@ async function ask(netns: string, host: string, port: number): Promise<string> {
     String(port),
   ]);
   return result.stdout.trim();
+}
+
+/** `BYTES DIGEST | BYTES DIGEST`: what was sent, and what came. */
+function assertWhole(told: string, bytesMin: number): void {
+  const [sent = '', came] = told.trim().split(' | ');
+  assert.is(came, sent);
+  assert.ok(Number(sent.split(' ')[0]) >= bytesMin, told);
 }
 
 /** Ids of this run: namespaces are names of the whole machine. */
@@ -362,6 +372,156 @@ test('§3.6: after a reboot one call brings everything back', async ({ lab }) =>
   assert.match(await ask(lab.outside, '10.99.0.2', 8081), /^after/);
   const a1 = await a.setupInstance(instance(0, 'a1', 2));
   assert.is(await ask(a1.namespaceName, '10.0.1.2', 80), 'after 10.0.0.2');
+});
+
+test('§3.7: after the default interface changed the way out is the new one, and clean-up leaves nothing', async ({
+  lab,
+}) => {
+  const [n1] = lab.nodes;
+  const far = '192.0.2.9';
+  const ip = (netns: string, text: string) => must('ip', '-n', netns, ...text.split(' '));
+  const use = async (on: string, off: string, gateway: string): Promise<void> => {
+    await ip(n1, `link set ${off} down`);
+    await ip(n1, `link set ${on} up`);
+    await ip(n1, `route replace default via ${gateway}`);
+  };
+  await ip(lab.outside, `addr add ${far}/32 dev lo`);
+  await ip(n1, `link add lte0 type veth peer tower netns ${lab.outside}`);
+  await ip(n1, 'addr add 10.98.0.1/24 dev lte0');
+  await ip(lab.outside, 'addr add 10.98.0.254/24 dev tower');
+  await ip(lab.outside, 'link set tower up');
+  await use('lte0', 'up0', '10.98.0.254');
+  const before = await lab.snapshot();
+  await use('up0', 'lte0', '10.99.0.254');
+  const a = lab.kudo(0);
+  await a.setupNode(node(0));
+  const a1 = await a.setupInstance(instance(0, 'a1', 2, [{ source: 8081, destination: 80 }]));
+  await lab.serve(a1.namespaceName, 80, 'a1');
+  await lab.serve(lab.outside, 7000, 'far');
+  assert.is(await ask(a1.namespaceName, far, 7000), 'far 10.99.0.1');
+  await use('lte0', 'up0', '10.98.0.254');
+  assert.is(await ask(a1.namespaceName, far, 7000), 'far 10.98.0.1', 'under the new address');
+  assert.is(await ask(lab.outside, '10.98.0.1', 8081), 'a1 10.98.0.254', 'and in');
+  await a.cleanInstance({ instanceId: id('a1') });
+  await a.cleanNode({ nodeId: 'node0' });
+  assert.is(await lab.snapshot(), before);
+});
+
+test('§3.9: rules are replaced under traffic, and no transfer is interrupted', async ({ lab }) => {
+  const [a, b] = [lab.kudo(0), lab.kudo(1)];
+  await a.setupNode({ ...node(0), nodesIps: [peer(1)] });
+  await b.setupNode({ ...node(1), nodesIps: [peer(0)] });
+  const port = { source: 8081, destination: 80 };
+  const a1 = await a.setupInstance(instance(0, 'a1', 2));
+  const b1 = await b.setupInstance(instance(1, 'b1', 2, [port]));
+  const programs = [await start(b1.namespaceName, ...stream('serve', '80'))];
+  try {
+    const published = await start(lab.outside, ...stream('tcp', '10.99.0.2', '8081'));
+    const carried = await start(a1.namespaceName, ...stream('tcp', '10.0.1.2', '80'));
+    programs.push(published, carried);
+    for (let times = 0; times < 8; times++) {
+      await b.setupIptables({ nodeId: 'node1' });
+      await b.setupInstance(
+        instance(1, 'b1', 2, times % 2 === 0 ? [port, { source: 9, destination: 9 }] : [port]),
+      );
+      await b.setupInstance(instance(1, 'b2', 3));
+      await b.cleanInstance({ instanceId: id('b2') });
+      await a.setupIptables({ nodeId: 'node0' });
+    }
+    for (const child of [published, carried]) {
+      const told = spoken(child, 'the transfer');
+      child.stdin?.end();
+      assertWhole(await told, 1_000_000);
+    }
+  } finally {
+    for (const child of programs) child.kill('SIGKILL');
+  }
+});
+
+test('§3.9: whoever holds the lock of iptables is waited for', async ({ lab }) => {
+  // Only the older kind of iptables has the lock; here with a file of its own.
+  const lock = join(lab.dir, 'xtables.lock');
+  const legacy = ['env', `XTABLES_LOCKFILE=${lock}`, 'iptables-legacy'];
+  const host = within(lab.nodes[0]);
+  const runner: Runner = {
+    run: ([program = '', ...args], stdin) =>
+      host.run(program === 'iptables' ? [...legacy, ...args] : [program, ...args], stdin),
+  };
+  const a = lab.kudo(0, { runner });
+  const holder = await start(lab.nodes[0], 'flock', lock, 'sh', '-c', 'echo held; sleep 1');
+  try {
+    assert.is(await codeOf(a.setupNode(node(0))), 'ok');
+    assert.is(holder.exitCode, 0, 'it had let go by itself');
+    assert.match((await runner.run(['iptables', '-S', 'FORWARD'])).stdout, '-j EW-kbrnode0');
+    await a.cleanNode({ nodeId: 'node0' });
+    assert.not.match((await runner.run(['iptables', '-S'])).stdout, 'EW-');
+  } finally {
+    holder.kill('SIGKILL');
+  }
+});
+
+test('§3.11: 10 MB and the largest datagrams pass between nodes whole', async ({ lab }) => {
+  const [a, b] = [lab.kudo(0), lab.kudo(1)];
+  await a.setupNode({ ...node(0), nodesIps: [peer(1)] });
+  await b.setupNode({ ...node(1), nodesIps: [peer(0)] });
+  const a1 = await a.setupInstance(instance(0, 'a1', 2));
+  const b1 = await b.setupInstance(instance(1, 'b1', 2));
+  const server = await start(b1.namespaceName, ...stream('serve', '80'));
+  try {
+    for (const [protocol, bytes] of [
+      ['tcp', 10_000_000],
+      // One that fills a packet (and is sent with DF), and the largest that there is.
+      ['udp', MTU - 28],
+      ['udp', 65_507],
+    ] as const) {
+      const argv = stream(protocol, '10.0.1.2', '80', String(bytes));
+      assertWhole((await within(a1.namespaceName).run(argv)).stdout, bytes);
+    }
+  } finally {
+    server.kill('SIGKILL');
+  }
+});
+
+test('§3.11: an instance that takes an address which is not its own is not heard, neither here nor elsewhere', async ({
+  lab,
+}) => {
+  const [a, b] = [lab.kudo(0), lab.kudo(1)];
+  await a.setupNode({ ...node(0), nodesIps: [peer(1)] });
+  await b.setupNode({ ...node(1), nodesIps: [peer(0)] });
+  const a1 = await a.setupInstance(instance(0, 'a1', 2));
+  const a2 = await a.setupInstance(instance(0, 'a2', 3));
+  const b1 = await b.setupInstance(instance(1, 'b1', 2));
+  const stolen = '10.0.0.77';
+  const link = (await must('ip', '-n', a1.namespaceName, '-br', 'link', 'show', 'type', 'veth')).split(
+    /[@ ]/,
+  )[0];
+  await must('ip', '-n', a1.namespaceName, 'addr', 'add', `${stolen}/32`, 'dev', link ?? '');
+  const watch = async (netns: string, family: string, hook: string): Promise<() => Promise<number>> => {
+    await within(netns).run(['nft', `add table ${family} seen`]);
+    await within(netns).run(['nft', `add chain ${family} seen in { type filter hook ${hook}; }`]);
+    await within(netns).run(['nft', `add rule ${family} seen in ip saddr ${stolen} counter`]);
+    return async () => {
+      const { stdout } = await within(netns).run(['nft', 'list', 'table', family, 'seen']);
+      return Number(/packets (\d+)/.exec(stdout)?.[1]);
+    };
+  };
+  const arrived = [
+    await watch(a2.namespaceName, 'ip', 'input priority 0'),
+    await watch(b1.namespaceName, 'ip', 'input priority 0'),
+    await watch(lab.outside, 'ip', 'input priority 0'),
+  ];
+  const left = await watch(lab.nodes[0], 'bridge', 'prerouting priority -400');
+  const ping = async (source: string, target: string): Promise<number> => {
+    const argv = ['busybox', 'ping', '-c', '1', '-W', '1', '-I', source, target];
+    return (await within(a1.namespaceName).run(argv)).status;
+  };
+  for (const target of ['10.0.0.3', '10.0.1.2', '10.99.0.254']) {
+    assert.is(await ping('10.0.0.2', target), 0, `${target} from its own address`);
+    const sent = await left();
+    assert.is.not(await ping(stolen, target), 0, target);
+    assert.ok((await left()) > sent, 'it left the instance');
+  }
+  assert.equal(await Promise.all(arrived.map((count) => count())), [0, 0, 0]);
 });
 
 test('§3.10: ports and addresses in use are refused, with a code', async ({ lab }) => {
@@ -595,6 +755,19 @@ test('two networks of ours on one host see each other’s ports, and one leaves 
   );
   await agent.cleanNode();
   assert.is(await ask(lab.outside, '10.99.0.1', 80), 'a1 10.99.0.254', 'forwarding stays on');
+  const forwarding = async (): Promise<string> =>
+    (await within(lab.nodes[0]).run(['cat', '/proc/sys/net/ipv4/ip_forward'])).stdout.trim();
+  assert.is(await forwarding(), '1');
+  await a.cleanNode({ nodeId: 'node0' });
+  assert.is(await forwarding(), '0', 'until the last one leaves, whoever turned it on');
+  // Nor does it go off where it was on before all of us.
+  await within(lab.nodes[0]).run(['tee', '/proc/sys/net/ipv4/ip_forward'], '1');
+  await a.setupNode(node(0));
+  await agent.setupNode(subnetOfAgent);
+  await a.cleanNode({ nodeId: 'node0' });
+  await agent.cleanNode();
+  assert.is(await forwarding(), '1');
+  await within(lab.nodes[0]).run(['tee', '/proc/sys/net/ipv4/ip_forward'], '0');
 });
 
 test('a refusal at any command of setupNode or setupInstance leaves the host as it was', async ({ lab }) => {

@@ -145,6 +145,12 @@ test('planPeers moves, adds and removes, and takes each back', () => {
   ]);
 });
 
+test('rulesOf notes that forwarding was off, for other networks of ours on the host', () => {
+  assert.not.match(rulesOf(NODE, STATE), 'forwarding_was_off');
+  const turned = rulesOf(NODE, { ...STATE, sysctls: { 'net/ipv4/ip_forward': '0' } });
+  assert.match(turned, /^ {2}chain forwarding_was_off \{\n {2}\}$/m);
+});
+
 test('rulesOf publishes one map per protocol, turns for several instances, and a service through the TUN', () => {
   const green = {
     ...BLUE,
