@@ -8,9 +8,12 @@ import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import type { Environment } from '../../edge/host/environment.ts';
 import { dockerEngine, targetsOf } from '../../edge/io/docker.ts';
+import { hostFiles } from '../../edge/io/files.ts';
+import { createKudo } from '../../edge/kudo/kudo.ts';
 import type { Container } from '../../edge/ports.ts';
 import { type Dockerd, importBusybox, startDockerd } from '../../scripts/docker_lab.ts';
-import { until } from '../../scripts/lab.ts';
+import { Lab, type Runtime, until } from '../../scripts/lab.ts';
+import { SILENT } from '../../src/log.ts';
 import { address, codeOf, GATEWAY, HostLab, MTU, node, reaches, SUBNET, whoami, within } from './host_lab.ts';
 
 const test = suite<{ lab: HostLab; dockerd: Dockerd; image: string }>('docker');
@@ -238,3 +241,165 @@ test('setupNode while Docker’s policy is not DROP yet: our rules hold when it 
 });
 
 test.run();
+
+const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
+const second = suite<{ lab: Lab }>('docker comes second');
+second.before(async (context) => {
+  context.lab = await Lab.up({ lab: `ewk${process.pid}`, nodes: 2, runtime });
+});
+second.after(async ({ lab }) => {
+  await lab?.down();
+});
+
+second(
+  'an agent and a Kudo node that were there before Docker serve on when it starts first, and restarts',
+  async ({ lab }) => {
+    const LISTEN = 8123;
+    const self = (script: string, ...args: string[]): string[] =>
+      runtime === 'deno'
+        ? [process.execPath, 'run', '-A', '--quiet', script, ...args]
+        : [process.execPath, script, ...args];
+    const ask = async (
+      netns: string,
+      protocol: 'tcp' | 'udp',
+      host: string,
+      port: number,
+    ): Promise<string> => {
+      const argv = self('test/lab/ask.ts', protocol, host, String(port), 'hello', '1');
+      const { stdout, stderr } = await lab.exec(netns, argv, { timeoutMs: 60_000 });
+      return (JSON.parse(stdout || `[{"text":${JSON.stringify(stderr)}}]`) as { text: string }[])[0]!.text;
+    };
+    await lab.startAll();
+
+    // Ours: `near` on the host that Docker comes to, `far` on the other; each is published by both.
+    const places = { near: 1, far: 2 } as const;
+    const homes = new Map<string, string>();
+    for (const [label, place] of Object.entries(places)) {
+      const service = `shop.prod.${label}.v1`;
+      const applied = await lab.api(1, 'POST', '/api/v1/services', {
+        ...{
+          appname: 'shop',
+          appnamespace: 'prod',
+          servicename: label,
+          servicenamespace: 'v1',
+          exposed: true,
+        },
+        ports: (['tcp', 'udp'] as const).map((protocol) => ({
+          ...{ source: 8080 + place, destination: LISTEN, protocol },
+        })),
+      });
+      assert.is(applied.status, 200, JSON.stringify(applied.body));
+      const netns = await lab.addInstance(label);
+      const attached = await lab.api(place, 'POST', '/api/v1/instances', { service, instance: 1, netns });
+      assert.is(attached.status, 200, JSON.stringify(attached.body));
+      lab.spawn(netns, self('test/lab/echo.ts', String(LISTEN), label), join(lab.dir, `${label}.log`));
+      homes.set(label, netns);
+    }
+
+    // Kudo's: an instance on each host, the kernel carries between them.
+    const id = (n: number): string => `k${n}-${process.pid}`;
+    const cidr = (n: number): string => `10.0.${n}.1/24`;
+    const kudos = ([1, 2] as const).map((n) =>
+      createKudo({
+        runner: within(lab.node(n).netns),
+        files: hostFiles,
+        log: SILENT,
+        stateDir: join(lab.dir, `kudo${n}`),
+        port: 4791,
+      }),
+    );
+    const carried: string[] = [];
+    try {
+      for (const [index, kudo] of kudos.entries()) {
+        const [n, other] = index === 0 ? [1, 2] : [2, 1];
+        const peer = {
+          nodeId: `k${other}`,
+          nodeIp: { clusterIpCidr: cidr(other), externalIpAddr: lab.node(other).ip },
+        };
+        await kudo.setupNode({ nodeId: `k${n}`, nodeIpCidr: cidr(n), nodesIps: [peer] });
+        const made = await kudo.setupInstance({
+          nodeId: `k${n}`,
+          nodeIpAddr: `10.0.${n}.1`,
+          instanceId: id(n),
+          instanceIpCidr: `10.0.${n}.2/24`,
+          ports: [{ source: 8090, destination: LISTEN }],
+        });
+        carried.push(made.namespaceName);
+        lab.spawn(
+          made.namespaceName,
+          self('test/lab/echo.ts', String(LISTEN), `k${n}`),
+          join(lab.dir, `k${n}.log`),
+        );
+      }
+      const [n1, n2] = [lab.node(1), lab.node(2)];
+      const [k1 = '', k2 = ''] = carried;
+      const wrong = async (when: string): Promise<readonly string[]> => {
+        const found: string[] = [];
+        const hears = async (
+          what: string,
+          netns: string,
+          host: string,
+          port: number,
+          answer: RegExp,
+        ): Promise<void> => {
+          for (const protocol of ['tcp', 'udp'] as const) {
+            const heard = await ask(netns, protocol, host, port);
+            if (!answer.test(heard)) found.push(`${when}: ${what}, ${protocol}: ${heard}`);
+          }
+        };
+        const name = (label: string): string => `shop.prod.${label}.v1.any.roundrobin.local`;
+        await hears('to the other node', homes.get('near')!, name('far'), LISTEN, /^far 172\.30\./);
+        await hears('from the other node', homes.get('far')!, name('near'), LISTEN, /^near 172\.30\./);
+        await hears('published, the instance is here', lab.switch, n1.ip, 8081, /^near 10\.77\.0\.254 /);
+        await hears('published, it is there', lab.switch, n1.ip, 8082, /^far 172\.30\./);
+        await hears('published there, it is here', lab.switch, n2.ip, 8081, /^near 172\.30\./);
+        await hears('carried to the other node', k1, '10.0.2.2', LISTEN, /^k2 10\.0\.1\.2 /);
+        await hears('carried from the other node', k2, '10.0.1.2', LISTEN, /^k1 10\.0\.2\.2 /);
+        await hears('published by Kudo', lab.switch, n1.ip, 8090, /^k1 10\.77\.0\.254 /);
+        return found;
+      };
+      const serves = (when: string): Promise<string> =>
+        until(when, 60_000, async () => {
+          const found = await wrong(when);
+          if (found.length > 0) throw new Error(found.join('; '));
+          return 'everything';
+        });
+      const policy = async () => (await within(n1.netns).run(['iptables', '-S', 'FORWARD'])).stdout;
+      const theirs = (when: string): Promise<true> =>
+        until<true>(`${when}: what Docker publishes answers`, 30_000, async () => {
+          const knocked = ['busybox', 'nc', '-w', '2', n1.ip, '9090'];
+          return (await within(lab.switch).run(knocked)).stdout === 'docker\n' ? true : undefined;
+        });
+
+      await serves('before Docker');
+      assert.match(await policy(), '-P FORWARD ACCEPT');
+      // Docker sets the policy only where it turns forwarding on itself.
+      await within(n1.netns).run(['tee', '/proc/sys/net/ipv4/ip_forward'], '0');
+      const dockerd = await lab.startDocker(1);
+      assert.match(await policy(), '-P FORWARD DROP');
+      assert.equal(await wrong('after Docker came'), []);
+      await dockerd.run(await importBusybox(dockerd), {
+        name: 'theirs',
+        command: ['nc', '-ll', '-p', '90', '-e', 'echo', 'docker'],
+        network: 'bridge',
+        options: ['-p', '9090:90'],
+      });
+      await theirs('after Docker came');
+      await dockerd.restart();
+      await dockerd.docker('start', 'theirs');
+      assert.match(await policy(), '-P FORWARD DROP');
+      assert.equal(await wrong('after Docker restarted'), []);
+      await theirs('after Docker restarted');
+
+      // We go, Docker stays: its way in needs the forwarding that we turned on.
+      await kudos[0]?.cleanNode({ nodeId: 'k1' });
+      if (n1.agent !== undefined) await lab.end(n1.agent);
+      await theirs('after we left');
+      assert.not.match(await policy(), 'EW-');
+    } finally {
+      for (const [index, kudo] of kudos.entries()) await kudo.cleanNode({ nodeId: `k${index + 1}` });
+    }
+  },
+);
+
+second.run();
