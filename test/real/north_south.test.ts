@@ -5,6 +5,7 @@ import process from 'node:process';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Lab, type Runtime, until } from '../../scripts/lab.ts';
+import { DelayedLab } from '../../scripts/relay.ts';
 import { says } from './host_lab.ts';
 
 const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno';
@@ -321,6 +322,53 @@ test('a descriptor that is not exposed any more closes the ports everywhere, and
     ports: [{ source: 8080, destination: 1 }],
   });
   assert.is((await lab.api(2, 'POST', '/api/v1/services', other)).status, 200);
+});
+
+test('policy closest: a port leads to an instance on its node, else to the nearest, and roundrobin again to all', async () => {
+  const delayed = await DelayedLab.over(lab);
+  delayed.setRtts([
+    [0, 60, 10],
+    [60, 0, 40],
+    [10, 40, 0],
+  ]);
+  const service = 'shop.prod.near.v1';
+  const apply = async (policy: string): Promise<void> => {
+    const answer = await lab.api(
+      1,
+      'POST',
+      '/api/v1/services',
+      descriptor(service, { exposed: true, policy, ports: [{ source: 8070, destination: LISTEN }] }),
+    );
+    assert.is(answer.status, 200, JSON.stringify(answer.body));
+    assert.is(answer.body.policy, policy);
+  };
+  const asked = (node: number, count: number) => ask(lab.switch, 'tcp', lab.node(node).ip, 8070, count);
+  const answers = (what: string, node: number, wanted: string) =>
+    until(what, 60_000, async () => (labels(await asked(node, 6)).join() === wanted ? true : undefined));
+  const wrong = await lab.api(
+    1,
+    'POST',
+    '/api/v1/services',
+    descriptor(service, { exposed: true, policy: 'fixed', ports: [] }),
+  );
+  assert.is(wrong.status, 400);
+  assert.match(wrong.body.message, 'policy');
+  await apply('closest');
+  await deploy(1, 'near1', service, 1);
+  await deploy(2, 'near2', service, 2);
+  await answers('n3 leads to the nearer n1', 3, 'near1');
+  for (const node of [1, 2]) {
+    await answers(`n${node} leads to its own`, node, `near${node}`);
+    assert.equal(await asked(node, 2), Array(2).fill(`near${node} 10.77.0.254`), 'which sees the client');
+  }
+  delayed.setRtts([
+    [0, 60, 50],
+    [60, 0, 10],
+    [50, 10, 0],
+  ]);
+  await answers('n3 leads to n2 when that is nearer', 3, 'near2');
+  await apply('roundrobin');
+  for (const node of [1, 2, 3]) await answers(`n${node} leads to both`, node, 'near1,near2');
 });
 
 test.run();
