@@ -58,6 +58,7 @@ case "$kind" in
     cluster="$1"; node="$2"; subnet="$3"; slice="$4"; shift 4
     exactly readwrite "nodes/$cluster/$node"
     exactly readwrite "hosts/$node"
+    below readwrite calls/
     exactly readwrite "subnets/$subnet"
     exactly readwrite "instances/edgeway.system.ingress.v1/$(number "$subnet")"
     below readwrite "addresses/$slice."

@@ -39,6 +39,7 @@ import type {
   ServiceView,
 } from './api/app.ts';
 import { type DeployRequest, parseSubnetwork, type Target } from './api/schema.ts';
+import { Calls } from './calls.ts';
 import type { AgentConfig } from './config.ts';
 import type { Environment, NodeRequest } from './host/environment.ts';
 import { NamespaceAddresses } from './ipam.ts';
@@ -69,6 +70,8 @@ export type NeedsOf = (source: Ipv4) => readonly ServiceId[] | undefined;
 export interface AgentParts {
   readonly config: AgentConfig;
   readonly nodeIp: Ipv4;
+  /** That address is a NAT's. */
+  readonly nat: boolean;
   /** Wanted for a network that does not exist yet. */
   readonly network: NetworkConfig;
   readonly kv: Kv;
@@ -114,6 +117,7 @@ interface Registered {
   readonly presence: LeaseKeeper;
   readonly tenure: LeaseKeeper;
   readonly steering: Steering;
+  readonly calls: Calls;
   readonly northSouth: NorthSouth;
 }
 
@@ -637,6 +641,13 @@ export class Agent implements NodeControl {
       if (kept === undefined) await this.#publishNode(await presence.held(limits.READ_YOUR_WRITES_MS), claim);
       const steering = await this.#steer(network, claim, loop, presence);
       undo.push('steering', async () => steering.stop());
+      const calls = new Calls({
+        ...{ kv, keys, node: config.node, cluster: config.cluster, routes: this.#parts.routes, presence },
+        send: (command) => loop.send(command),
+        timers,
+        log: this.#log,
+      });
+      undo.push('calls', async () => calls.stop());
       const northSouth = new NorthSouth({
         table: this.#parts.table,
         node: config.node,
@@ -657,6 +668,7 @@ export class Agent implements NodeControl {
         presence,
         tenure,
         steering,
+        calls,
         northSouth,
       };
       this.#registered = node;
@@ -666,6 +678,7 @@ export class Agent implements NodeControl {
         nodes: new Set(),
       });
       steering.start(this.#resuming.length > 0);
+      calls.update();
       northSouth.update();
       this.#watchClaim(node);
       this.#log.info({ node: config.node, subnet: formatCidr(claim.subnet) }, 'registered');
@@ -797,6 +810,7 @@ export class Agent implements NodeControl {
   async #close(node: Registered): Promise<void> {
     await node.northSouth.stop();
     node.steering.stop();
+    node.calls.stop();
     await node.presence.stop(true).catch((thrown: unknown) => this.#warn('presence is not revoked', thrown));
     await node.tenure.stop(false);
     await node.names.stop();
@@ -842,13 +856,13 @@ export class Agent implements NodeControl {
   }
 
   #publishNode(lease: LeaseId, claim: SubnetClaim): Promise<number> {
-    const { kv, keys, config, nodeIp } = this.#parts;
+    const { kv, keys, config, nodeIp, nat } = this.#parts;
     const { node, cluster, ewp, nsp } = config;
     const { subnet, epoch } = claim;
     return publishNode(
       kv,
       keys,
-      { node, cluster, nodeIp, ewp, nsp, subnet, epoch, ...this.#position },
+      { node, cluster, nodeIp, ewp, nsp, subnet, epoch, ...(nat ? { nat } : {}), ...this.#position },
       lease,
     );
   }
@@ -860,6 +874,7 @@ export class Agent implements NodeControl {
     // Not while an instance is being taken away: it would be published once more.
     await this.#alone(async () => {
       if (this.#registered?.claim !== claim) return;
+      this.#registered.calls.update();
       const hosted = [...this.#hosted.values()].map((one) => this.#instanceOf(one, claim));
       for (const instance of this.#ingress === undefined ? hosted : [...hosted, this.#ingress])
         try {
@@ -1151,6 +1166,7 @@ export class Agent implements NodeControl {
         break;
       }
     node.steering.routesChanged(delta.services, delta.nodes.size > 0);
+    node.calls.update();
     node.names.changed(delta);
     node.northSouth.update();
   }
@@ -1170,6 +1186,7 @@ export class Agent implements NodeControl {
     for (const { id } of table.services()) this.#projectService(node, id);
     for (const hosted of this.#hosted.values()) node.loop.send(projectLocal(table, hosted));
     if (this.#ingress !== undefined) node.loop.send(projectLocal(table, this.#ingress));
+    node.calls.loopStarted();
     node.steering.loopStarted();
   }
 

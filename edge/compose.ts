@@ -145,6 +145,7 @@ async function start(
     now: () => systemClock.monotonicMs(),
     ownerOf: async (address) => (await ownerOf(kv, keys, address))?.service,
     busy: (service) => agent.busy(service),
+    ...(underlay.nat ? { called: config.node } : {}),
   };
   const needed = config.follow === 'needed' ? { interest } : {};
   const restored = await readSnapshot(config, keys, log);
@@ -162,6 +163,7 @@ async function start(
   const agent = new Agent({
     config,
     nodeIp: underlay.address,
+    nat: underlay.nat,
     network: networkFor(config, underlay.mtu),
     kv,
     keys,

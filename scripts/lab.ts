@@ -361,6 +361,69 @@ export class Lab {
     });
   }
 
+  /**
+   * Puts a host behind a router that masquerades it, keeps its ports where it can and drops what comes unasked, as home
+   * routers do. Before its agent starts; others then know the host by the router's address.
+   */
+  async behindNat(index: number): Promise<void> {
+    const { netns } = this.node(index);
+    const router = this.routerOf(index);
+    const ip = `${UNDERLAY}.${100 + index}`;
+    const inner = `10.78.${index}`;
+    await this.#addNetns(router);
+    await must(
+      ['ip', '-n', this.switch, '-batch', '-'],
+      [
+        `link del p${index}`,
+        `link add p${index} type veth peer name out0 netns ${router}`,
+        `link set p${index} master under`,
+        `link set p${index} up`,
+      ].join('\n'),
+    );
+    await must(
+      ['ip', '-n', router, '-batch', '-'],
+      [
+        `addr add ${ip}/24 dev out0`,
+        'link set out0 up',
+        `link add in0 type veth peer name eth0 netns ${netns}`,
+        `addr add ${inner}.1/24 dev in0`,
+        'link set in0 up',
+      ].join('\n'),
+    );
+    await must(
+      ['ip', '-n', netns, '-batch', '-'],
+      [`addr add ${inner}.2/24 dev eth0`, 'link set eth0 up', `route add default via ${inner}.1`].join('\n'),
+    );
+    await must(['ip', 'netns', 'exec', router, 'sysctl', '-q', '-w', 'net.ipv4.ip_forward=1']);
+    await this.#setNat(router, 'masquerade');
+    this.nodes[index - 1] = { ...this.node(index), ip };
+  }
+
+  routerOf(index: number): string {
+    return `${this.lab}-r${index}`;
+  }
+
+  /** That router forgets every mapping, and gives datagrams other ports from now on. */
+  async forgetNat(index: number): Promise<void> {
+    const router = this.routerOf(index);
+    const address = `${this.node(index).ip}/24 dev out0`;
+    await this.#setNat(router, 'meta l4proto udp masquerade random; oifname "out0" masquerade');
+    // Linux lets go of the mappings of an address that goes; TCP from inside is taken up again in its midst.
+    await must(
+      ['ip', '-n', router, '-batch', '-'],
+      [`addr del ${address}`, `addr add ${address}`].join('\n'),
+    );
+  }
+
+  async #setNat(router: string, rule: string): Promise<void> {
+    const rules = `flush ruleset
+      table ip nat {
+        chain post { type nat hook postrouting priority srcnat; oifname "out0" ${rule}; }
+        chain unasked { type filter hook input priority filter; iifname "out0" ct state new drop; }
+      }`;
+    await must(['ip', 'netns', 'exec', router, 'nft', '-f', '-'], rules);
+  }
+
   async #addNetns(netns: string): Promise<void> {
     this.#checkOpen();
     this.#ledger.namespaces.push(netns);

@@ -19,6 +19,8 @@ export type Key =
   | { readonly kind: 'node'; readonly cluster: string; readonly node: string }
   /** Says which host has a node id: there is one name space of them for all clusters. */
   | { readonly kind: 'host'; readonly node: string }
+  /** Asks a node that a NAT hides to greet the caller: only what it sends itself opens the NAT. */
+  | { readonly kind: 'call'; readonly node: string; readonly caller: string }
   | { readonly kind: 'service'; readonly service: ServiceId }
   /** Says that a service is exposed, so that every node can publish its ports without following all services. */
   | { readonly kind: 'exposed'; readonly service: ServiceId }
@@ -46,6 +48,7 @@ export type Subtree =
   | 'subnets'
   | 'nodes'
   | 'hosts'
+  | 'calls'
   | 'services'
   | 'exposed'
   | 'addresses'
@@ -69,6 +72,10 @@ export class Keys {
   instancesOf(service: ServiceId): string {
     return `${this.root}/instances/${service}/`;
   }
+  /** Prefix of the calls to one node. */
+  callsTo(node: string): string {
+    return `${this.root}/calls/${node}/`;
+  }
 
   /** A CIDR keeps its slash, so `/subnets/172.16.0.64/26` reads as an operator would write it. */
   build(key: Key): string {
@@ -89,6 +96,8 @@ export class Keys {
         return `${this.root}/nodes/${key.cluster}/${key.node}`;
       case 'host':
         return `${this.root}/hosts/${key.node}`;
+      case 'call':
+        return `${this.root}/calls/${key.node}/${key.caller}`;
       case 'service':
         return `${this.root}/services/${key.service}`;
       case 'exposed':
@@ -133,6 +142,10 @@ export class Keys {
     }
     if (subtree === 'hosts')
       return rest.length === 1 && ID_PATTERN.test(a) ? ok({ kind: 'host', node: a }) : foreign;
+    if (subtree === 'calls') {
+      if (rest.length !== 2 || b === undefined || !ID_PATTERN.test(a) || !ID_PATTERN.test(b)) return foreign;
+      return ok({ kind: 'call', node: a, caller: b });
+    }
     if (subtree === 'services' || subtree === 'exposed') {
       if (rest.length !== 1) return foreign;
       const service = parseServiceId(a);

@@ -147,6 +147,9 @@ export const PEER_CHALLENGE_MS = 250;
 export const PEER_KEPT_MS = QUARANTINE_S * 1000;
 /** Nodes that no route names, at most: a few hundred bytes each. */
 export const PEERS_SPARE_MAX = 1_024;
+/** Nodes behind NATs that one node asks to greet it, and nodes that one behind a NAT greets because they ask: as many as
+ *  are kept without a route, and 51 greetings a second. */
+export const CALLS_MAX = 1_024;
 /** How long a learned path MTU stands (RFC 1191 §6.3: 10 minutes). */
 export const PATH_MTU_MS = 600_000;
 

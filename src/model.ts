@@ -31,6 +31,8 @@ export interface Node {
   readonly nsp: number;
   readonly subnet: Cidr;
   readonly epoch: number;
+  /** Its address is a NAT's: what it has not spoken to first may not reach it. */
+  readonly nat?: boolean;
   /** Where it is in the network and how loaded (choose.ts), as it last published: rarely, so that records stay cold. */
   readonly coordinate?: Coordinate;
   readonly load?: number;
@@ -173,6 +175,12 @@ export interface Host {
   readonly cluster: string;
   /** What tells two hosts with one id apart; absent when the node did not say. */
   readonly nodeIp?: Ipv4;
+}
+
+/** What a caller says to a node that a NAT hides; where the caller is, its own record says. */
+export interface Call {
+  /** Of the caller. */
+  readonly cluster: string;
 }
 
 /** Who acts in a role. The key's create revision is the role's fence. */

@@ -10,6 +10,7 @@ import * as limits from './limits.ts';
 import type {
   AddressOwner,
   BlockOwner,
+  Call,
   Cluster,
   Descriptor,
   HealthCheck,
@@ -210,6 +211,7 @@ const nodeSchema = v.object({
   nsp: portOrNoneSchema,
   subnet: cidrSchema,
   epoch: epochSchema,
+  nat: v.exactOptional(v.boolean()),
   coordinate: v.optional(coordinateSchema),
   load: v.optional(v.pipe(v.number(), v.minValue(0), v.maxValue(1_000_000))),
 });
@@ -269,6 +271,7 @@ const subnetSchema = v.object({
   resting: v.exactOptional(v.boolean()),
 });
 const hostSchema = v.object({ ...versionEntry, cluster: idSchema, nodeIp: v.optional(ipv4Schema) });
+const callSchema = v.object({ ...versionEntry, cluster: idSchema });
 const leaderSchema = v.object({ ...versionEntry, holder: idSchema });
 const blockSchema = v.object({ ...versionEntry, cluster: idSchema });
 const clusterSchema = v.object({
@@ -461,6 +464,13 @@ export function decodeHost(text: string): Result<Host> {
   return record.ok ? ok(compact(record.value)) : record;
 }
 
+export function encodeCall(call: Call): string {
+  return print(call);
+}
+export function decodeCall(text: string): Result<Call> {
+  return strip(decode(callSchema, text));
+}
+
 export function encodeLeader(leader: Leader): string {
   return print(leader);
 }
@@ -501,6 +511,7 @@ export interface RecordValues {
   readonly subnet: SubnetOwner;
   readonly node: Node;
   readonly host: Host;
+  readonly call: Call;
   readonly service: Service;
   readonly exposed: Record<string, never>;
   readonly address: AddressOwner;
@@ -546,6 +557,8 @@ export function decodeRecord(key: Key, text: string): Result<KeyRecord> {
       );
     case 'host':
       return record({ kind: key.kind, key }, decodeHost(text));
+    case 'call':
+      return record({ kind: key.kind, key }, decodeCall(text));
     case 'service':
       return record({ kind: key.kind, key }, decodeService(text, key.service));
     case 'exposed':

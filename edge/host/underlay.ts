@@ -9,6 +9,8 @@ export interface Underlay {
   readonly address: Ipv4;
   readonly interface: string;
   readonly mtu: number;
+  /** True when the address is none of this host's. */
+  readonly nat: boolean;
 }
 
 const routesSchema = v.array(v.object({ dev: v.string(), prefsrc: v.optional(v.string()) }));
@@ -41,14 +43,19 @@ export async function findUnderlay(runner: Runner, wanted: Ipv4 | undefined): Pr
     const link = holderOf(text);
     // Behind NAT the advertised address is the router's; the tunnel then leaves by the default route.
     const out = link ?? links.find((one) => one.ifname !== 'lo');
-    return { address: wanted, interface: out?.ifname ?? 'lo', mtu: out?.mtu ?? 1500 };
+    return {
+      address: wanted,
+      interface: out?.ifname ?? 'lo',
+      mtu: out?.mtu ?? 1500,
+      nat: link === undefined,
+    };
   }
   // 192.0.2.1 belongs to documentation (RFC 5737): asking for its route sends nothing.
   const [route] = (await ipJson(runner, routesSchema, 'route', 'get', '192.0.2.1')) ?? [];
   const address = route?.prefsrc;
   const link = address === undefined ? undefined : holderOf(address);
   if (route !== undefined && address !== undefined && link !== undefined)
-    return { address: unwrap(parseIpv4(address)), interface: route.dev, mtu: link.mtu };
+    return { address: unwrap(parseIpv4(address)), interface: route.dev, mtu: link.mtu, nat: false };
   // A host without a route to the world still works alone.
   const alone =
     links.find((one) => one.ifname !== 'lo' && one.addr_info.length > 0) ??
@@ -56,5 +63,10 @@ export async function findUnderlay(runner: Runner, wanted: Ipv4 | undefined): Pr
   const local = alone?.addr_info.find((info) => info.family === 'inet')?.local;
   if (alone === undefined || local === undefined)
     throw new EdgewayError('host_unsupported', 'this host has no IPv4 address: give one with --node-ip');
-  return { address: unwrap(parseIpv4(local)), interface: alone.ifname, mtu: Math.min(alone.mtu, 1500) };
+  return {
+    address: unwrap(parseIpv4(local)),
+    interface: alone.ifname,
+    mtu: Math.min(alone.mtu, 1500),
+    nat: false,
+  };
 }

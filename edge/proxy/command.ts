@@ -16,6 +16,14 @@ export interface InstanceRoute {
   readonly local: boolean;
 }
 
+/** A node and its tunnel endpoint in the keyspace. */
+export interface NodePlace {
+  /** First address of its subnet. */
+  readonly subnet: Ipv4;
+  readonly nodeIp: Ipv4;
+  readonly ewp: number;
+}
+
 /** One turn-taking weight per instance and policy, 0 = not for new flows; `weights[policy][i]` belongs to
  *  `instances[i]`. The loop picks with Turns (src/choose.ts), one Turns per service and policy. An instance without a
  *  weight counts 1 as long as no instance has one, so that a service is reachable before anything is known of it, and
@@ -60,6 +68,9 @@ export type ProxyCommand =
   | { readonly kind: 'nodeDead'; readonly nodeIp: Ipv4; readonly ewp: number }
   /** The same for one instance whose node lives. */
   | { readonly kind: 'instanceDead'; readonly service: ServiceId; readonly instance: number }
+  /** Replaces the nodes that are greeted although no route may name them: they ask for it because a NAT keeps out whom
+   *  this node has not spoken to. */
+  | { readonly kind: 'callers'; readonly nodes: readonly NodePlace[] }
   /** Sends one probe frame through the tunnel's own socket; `probed` follows if the node's loop answers. The token is an
    *  unpredictable unsigned 32-bit integer; the frame carries it and the answer repeats it. */
   | { readonly kind: 'probe'; readonly token: number; readonly nodeIp: Ipv4; readonly ewp: number }

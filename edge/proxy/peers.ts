@@ -32,7 +32,7 @@ export class Peer {
   flowMs = Number.NEGATIVE_INFINITY;
   /** False where the way to it takes no joined datagrams: its device refused UDP_SEGMENT. */
   joined = true;
-  /** Routes that name it, and since when none does. */
+  /** Routes that name it and calls of its own, and since when none does. */
   routes = 0;
   spareMs = Number.NEGATIVE_INFINITY;
   /** Run of a batch that still takes packets for it, -1 for none; belongs to the sender of the packet loop. */

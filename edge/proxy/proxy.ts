@@ -860,6 +860,9 @@ export class ProxyTun {
           now,
         );
         return;
+      case 'callers':
+        this.routes.putCallers(command.nodes);
+        return;
       case 'local': {
         const was = this.routes.local(command.namespaceIp);
         if (!this.routes.putLocal(command)) return;

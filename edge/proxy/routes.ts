@@ -6,7 +6,7 @@ import { PEER_KEPT_MS, PEERS_SPARE_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { POLICIES, type Policy } from '../../src/policy.ts';
 import { Rng } from '../../src/rng.ts';
-import type { InstanceRoute, InstanceWeights, ProxyCommand, ProxyConfig } from './command.ts';
+import type { InstanceRoute, InstanceWeights, NodePlace, ProxyCommand, ProxyConfig } from './command.ts';
 import { Peer } from './peers.ts';
 
 /** An instance that flows may point at; stays the same object while it is the same instance. */
@@ -65,8 +65,9 @@ export class Routes {
   readonly #targets = new Map<number, Target>();
   readonly #byNamespaceIp = new Map<number, InstanceEntry>();
   readonly #locals: (LocalEntry | undefined)[];
-  /** By subnet: those that a route names, and spare ones. */
+  /** By subnet: those that a route names or that call, and spare ones. */
   readonly peers = new Map<number, Peer>();
+  #callers = new Set<Peer>();
   #spare = 0;
   readonly #seed: number;
   #streams = 0;
@@ -125,6 +126,19 @@ export class Routes {
       this.peers.delete(peer.subnet);
       this.#spare--;
     }
+  }
+
+  /** Takes the nodes that call, as they now are. */
+  putCallers(nodes: readonly NodePlace[]): void {
+    const before = this.#callers;
+    this.#callers = new Set();
+    for (const { subnet, nodeIp, ewp } of nodes) {
+      if (subnet === this.#subnetBase) continue;
+      const peer = this.#peer(subnet, nodeIp, ewp);
+      if (!this.#callers.has(peer) && !before.delete(peer)) this.#hold(peer);
+      this.#callers.add(peer);
+    }
+    for (const peer of before) this.#letGo(peer);
   }
 
   /** Takes a service as it now is; returns instances that are gone. */
@@ -209,7 +223,7 @@ export class Routes {
       flows: 0,
       dialled: 0,
     };
-    const peer = route.local ? undefined : this.#peer(route);
+    const peer = route.local ? undefined : this.#peer(this.#subnetOf(route), route.nodeIp, route.ewp);
     if (entry.peer !== peer) {
       this.#release(entry);
       if (peer !== undefined) this.#hold(peer);
@@ -226,15 +240,18 @@ export class Routes {
     return entry;
   }
 
-  #peer(route: InstanceRoute): Peer {
-    const subnet = (route.namespaceIp & this.#subnetMask) >>> 0;
+  #subnetOf(route: InstanceRoute): number {
+    return (route.namespaceIp & this.#subnetMask) >>> 0;
+  }
+
+  #peer(subnet: number, nodeIp: Ipv4, ewp: number): Peer {
     let peer = this.peers.get(subnet);
     if (peer === undefined) {
-      peer = new Peer(subnet, route.nodeIp, route.ewp, this.#mtu);
+      peer = new Peer(subnet, nodeIp, ewp, this.#mtu);
       this.peers.set(subnet, peer);
       this.#spare++;
     }
-    peer.place(route.nodeIp, route.ewp);
+    peer.place(nodeIp, ewp);
     return peer;
   }
 
@@ -248,6 +265,10 @@ export class Routes {
     const peer = entry.peer;
     if (peer === undefined) return;
     entry.peer = undefined;
+    this.#letGo(peer);
+  }
+
+  #letGo(peer: Peer): void {
     if (--peer.routes === 0) this.#spare++;
   }
 

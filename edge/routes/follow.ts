@@ -6,7 +6,7 @@ import type { Keyspace, KeyspaceBatch, KeyspaceListener } from '../../coordinato
 import type { Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import type { Key, Keys } from '../../src/keys.ts';
-import { DNS_LOOKUP_WAIT_MS, UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
+import { CALLS_MAX, DNS_LOOKUP_WAIT_MS, UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { Interest, type InterestLimits } from './interest.ts';
 import type { Snapshot } from './snapshot.ts';
@@ -80,6 +80,8 @@ export interface InterestOptions extends InterestLimits {
   readonly ownerOf: (address: Ipv4) => Promise<ServiceId | undefined>;
   /** Whether flows still use a service although nobody asks for it. */
   readonly busy?: (service: ServiceId) => boolean;
+  /** This node's id, when a NAT hides it: the records of those who call it are followed. */
+  readonly called?: string;
 }
 
 interface Waiter {
@@ -118,8 +120,9 @@ export class RouteFollower {
   readonly #interest: Interest | undefined;
   #declared: ReadonlySet<ServiceId> = new Set();
   readonly #exposed = new Set<ServiceId>();
-  /** Node paths that the instances of a service are on, and how many services want each. */
+  /** Node paths that the instances of a service are on, those of callers by their ids, and how many want each. */
   readonly #nodesOf = new Map<ServiceId, ReadonlySet<string>>();
+  readonly #callers = new Map<string, string>();
   readonly #nodeUsers = new Map<string, number>();
   /** When an address was last looked up in vain. */
   readonly #unowned = new Map<Ipv4, number>();
@@ -148,6 +151,8 @@ export class RouteFollower {
       for (const subtree of options.subtrees ?? ROUTE_SUBTREES) this.#follow(options.keys.prefix(subtree));
     else {
       this.keyspace.follow(options.keys.prefix('exposed'));
+      const { called } = this.#options ?? {};
+      if (called !== undefined) this.keyspace.follow(options.keys.callsTo(called));
       this.#armExpiry();
     }
   }
@@ -163,6 +168,11 @@ export class RouteFollower {
   /** Services that are followed by interest; undefined when everything is. */
   get interests(): number | undefined {
     return this.#interest?.size;
+  }
+
+  /** Ids of the nodes that ask this one to greet them. */
+  callers(): IterableIterator<string> {
+    return this.#callers.keys();
   }
 
   /** Told after each batch, with the table already changed. Returns the way to stop. */
@@ -324,8 +334,13 @@ export class RouteFollower {
   }
 
   #restore({ revision, records }: Snapshot): void {
-    for (const { key } of records) this.#known.add(this.#keys.build(key));
-    const puts = records.map((record) => ({ ...record, createRevision: 0, modRevision: 0 }));
+    // Of nodes, those that instances are on: who called may not do so any more, and is followed anew if it does.
+    const homes = new Set(records.flatMap(({ kind, value }) => (kind === 'instance' ? [value.node] : [])));
+    const kept = records.filter(
+      ({ kind, value }) => this.#interest === undefined || kind !== 'node' || homes.has(value.node),
+    );
+    for (const { key } of kept) this.#known.add(this.#keys.build(key));
+    const puts = kept.map((record) => ({ ...record, createRevision: 0, modRevision: 0 }));
     const delta = applyBatch(this.table, {
       kind: 'changes',
       path: this.#keys.root,
@@ -393,11 +408,13 @@ export class RouteFollower {
     for (const revision of batch.brought) this.#remember(revision);
     // A listing that swallowed the change somebody waits for still shows its revision.
     if (this.#waiters.size > 0) for (const { modRevision } of batch.puts) this.#remember(modRevision);
+    let called = false;
     if (this.#interest !== undefined) {
       for (const service of delta.services) this.#followNodes(service);
       this.#takeExposed(batch);
+      called = this.#takeCalls(batch);
     }
-    if (delta.services.size > 0 || delta.nodes.size > 0 || wasSynced !== this.table.synced)
+    if (delta.services.size > 0 || delta.nodes.size > 0 || called || wasSynced !== this.table.synced)
       for (const listener of this.#deltas) listener(delta);
     if (batch.kind === 'snapshot') {
       const awaited = this.#awaited.get(batch.path);
@@ -424,22 +441,48 @@ export class RouteFollower {
     const now = new Set<string>();
     for (const { cluster, node } of this.table.instancesOf(service))
       now.add(this.#keys.build({ kind: 'node', cluster, node }));
-    for (const path of now)
-      if (!before.has(path)) {
-        this.#nodeUsers.set(path, (this.#nodeUsers.get(path) ?? 0) + 1);
-        this.#follow(path);
-      }
-    for (const path of before)
-      if (!now.has(path)) {
-        const users = (this.#nodeUsers.get(path) ?? 1) - 1;
-        if (users > 0) this.#nodeUsers.set(path, users);
-        else {
-          this.#nodeUsers.delete(path);
-          void this.keyspace.unfollow(path);
-        }
-      }
+    for (const path of now) if (!before.has(path)) this.#useNode(path);
+    for (const path of before) if (!now.has(path)) this.#leaveNode(path);
     if (now.size > 0) this.#nodesOf.set(service, now);
     else this.#nodesOf.delete(service);
+  }
+
+  /** True when others call than before. */
+  #takeCalls(batch: KeyspaceBatch): boolean {
+    let changed = false;
+    for (const key of batch.deletes) {
+      const path = key.kind === 'call' ? this.#callers.get(key.caller) : undefined;
+      if (key.kind !== 'call' || path === undefined) continue;
+      this.#callers.delete(key.caller);
+      this.#leaveNode(path);
+      changed = true;
+    }
+    for (const { kind, key, value } of batch.puts) {
+      if (kind !== 'call') continue;
+      const { caller } = key;
+      const before = this.#callers.get(caller);
+      const path = this.#keys.build({ kind: 'node', cluster: value.cluster, node: caller });
+      if (before === path || (before === undefined && this.#callers.size >= CALLS_MAX)) continue;
+      this.#callers.set(caller, path);
+      this.#useNode(path);
+      if (before !== undefined) this.#leaveNode(before);
+      changed = true;
+    }
+    return changed;
+  }
+
+  #useNode(path: string): void {
+    this.#nodeUsers.set(path, (this.#nodeUsers.get(path) ?? 0) + 1);
+    this.#follow(path);
+  }
+
+  #leaveNode(path: string): void {
+    const users = (this.#nodeUsers.get(path) ?? 1) - 1;
+    if (users > 0) this.#nodeUsers.set(path, users);
+    else {
+      this.#nodeUsers.delete(path);
+      void this.keyspace.unfollow(path);
+    }
   }
 
   #reached(revision: number): boolean {

@@ -67,7 +67,7 @@ interface World {
   readonly agent: Agent;
 }
 
-function start(flags: Record<string, string> = {}, earlier: Partial<World> = {}): World {
+function start(flags: Record<string, string> = {}, earlier: Partial<World> = {}, nat = false): World {
   const time = earlier.time ?? new VirtualTime();
   const store = earlier.store ?? new MemoryStore(() => time.monotonicMs());
   const files = earlier.files ?? new FakeFiles();
@@ -87,6 +87,7 @@ function start(flags: Record<string, string> = {}, earlier: Partial<World> = {})
   const agent = new Agent({
     config,
     nodeIp: ip(config.node === 'n1' ? '10.0.0.1' : '10.0.0.2'),
+    nat,
     network: DEFAULT_NETWORK_CONFIG,
     kv,
     keys,
@@ -160,6 +161,13 @@ test('Agent: a deploy that the host refuses leaves nothing in the keyspace', asy
   world.host.refuse = undefined;
   await world.time.advance(10_000);
   assert.equal(await everything(world), before);
+});
+
+test('Agent: a node behind a NAT says so in its record', async () => {
+  const world = start({}, {}, true);
+  await during(world, world.agent.restore());
+  const key = keys.build({ kind: 'node', cluster: 'default', node: 'n1' });
+  assert.match((await world.store.connect().get(key))!.value, '"nat":true');
 });
 
 test('Agent: a deploy whose InstanceIP is taken leaves no service behind', async () => {

@@ -30,6 +30,7 @@ test('Keys.build spells keys as the reference does', () => {
     '/edgeway/v1/instances/shop.prod.cart.v1/2',
   );
   assert.is(keys.build({ kind: 'clusterLeader', cluster: 'lab' }), '/edgeway/v1/clusters/lab/leader');
+  assert.is(keys.build({ kind: 'call', node: 'n2', caller: 'n1' }), '/edgeway/v1/calls/n2/n1');
 });
 
 test('Keys.prefix and Keys.instancesOf hold what they name and nothing beside it', () => {
@@ -39,6 +40,7 @@ test('Keys.prefix and Keys.instancesOf hold what they name and nothing beside it
       const inside = text.startsWith(keys.prefix('instances'));
       assert.is(inside, key.kind === 'instance');
       assert.is(text.startsWith(keys.instancesOf(CART)), key.kind === 'instance' && key.service === CART);
+      assert.is(text.startsWith(keys.callsTo('n')), key.kind === 'call' && key.node === 'n');
     }),
   );
 });
@@ -56,6 +58,9 @@ test('Keys.parse is total: foreign keys are refused with the key in the message'
     '/edgeway/v1/nodes/lab/n1/x',
     '/edgeway/v1/nodes/LAB/n1',
     '/edgeway/v1/nodes//n1',
+    '/edgeway/v1/calls/n2',
+    '/edgeway/v1/calls/n2/N1',
+    '/edgeway/v1/calls/n2/n1/x',
     '/edgeway/v1/services/shop.prod.cart',
     '/edgeway/v1/services/Shop.prod.cart.v1',
     '/edgeway/v1/services/shop.prod.cart.v1/x',

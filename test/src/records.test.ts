@@ -12,6 +12,7 @@ import {
   decodeService,
   encodeAddress,
   encodeBlock,
+  encodeCall,
   encodeCluster,
   encodeConfig,
   encodeExposed,
@@ -93,10 +94,18 @@ const anyRecord: fc.Arbitrary<[Key, string, unknown]> = fc.oneof(
       },
       { noNullPrototype: true },
     )
+    .chain((value) => fc.constantFrom(value, { ...value, nat: true }))
     .map((value): [Key, string, unknown] => [
       { kind: 'node', cluster: value.cluster, node: value.node },
       encodeNode(value),
       value,
+    ]),
+  fc
+    .tuple(anyId, anyId, anyId)
+    .map(([id, caller, cluster]): [Key, string, unknown] => [
+      { kind: 'call', node: id, caller },
+      encodeCall({ cluster }),
+      { cluster },
     ]),
   fc
     .tuple(
@@ -146,7 +155,7 @@ test('decodeRecord reads back what the encoders wrote, for every kind of key', (
     }),
     { numRuns: 1_000 },
   );
-  assert.is(kinds.size, 10, [...kinds].join(' '));
+  assert.is(kinds.size, 11, [...kinds].join(' '));
 });
 
 test('decodeRecord ignores fields that it does not know and refuses another version', () => {
@@ -222,6 +231,14 @@ test('a broken record names the field and the rule', () => {
   assert.match(
     why({ kind: 'node', cluster: 'lab', node: 'n1' }, encodeNode(n1).replace('10.0.0.2', '10.0.0')),
     'nodeIp: "10.0.0" is not an IPv4 address',
+  );
+  assert.match(
+    why({ kind: 'node', cluster: 'lab', node: 'n1' }, encodeNode({ ...n1, nat: true }).replace('true', '1')),
+    'nat: ',
+  );
+  assert.match(
+    why({ kind: 'call', node: 'n2', caller: 'n1' }, '{"v":1,"cluster":"Lab"}'),
+    'cluster: must be',
   );
   assert.match(
     why({ kind: 'instance', service: CART, instance: 2 }, encodeInstance(instance(n1, CART, 1))),

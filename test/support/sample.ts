@@ -95,6 +95,7 @@ export const anyKey: fc.Arbitrary<Key> = fc.oneof(
   anyCidr.map((subnet) => ({ kind: 'subnet', subnet }) as const),
   fc.tuple(anyId, anyId).map(([cluster, node]) => ({ kind: 'node', cluster, node }) as const),
   anyId.map((node) => ({ kind: 'host', node }) as const),
+  fc.tuple(anyId, anyId).map(([node, caller]) => ({ kind: 'call', node, caller }) as const),
   anyServiceId.map((service) => ({ kind: 'service', service }) as const),
   anyServiceId.map((service) => ({ kind: 'exposed', service }) as const),
   anyIpv4.map((address) => ({ kind: 'address', address }) as const),

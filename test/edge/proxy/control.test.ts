@@ -189,4 +189,33 @@ test('who greets before a route names it is known when one does; such are bounde
   assert.is(routes.peers.size, 2, 'node 1 and node 3: the others were silent for long');
 });
 
+test('a node that calls is greeted without a route, also where a route named it before, until it calls no more', () => {
+  const two = new Speaker(2);
+  const place = { subnet: a('172.17.0.64'), nodeIp: a('10.0.0.9'), ewp: 4_791 };
+  const own = { subnet: a('172.16.0.128'), nodeIp: a('10.0.0.9'), ewp: 4_791 };
+  const one = { subnet: a('172.16.0.64'), nodeIp: a('10.0.0.1'), ewp: 4790 };
+  const greeted = (): number[] => {
+    two.sent.length = 0;
+    two.node.now += 60_000;
+    two.control.tick(two.node.now);
+    return two.sent.map(({ ip }) => ip);
+  };
+  const { peers } = two.node.proxy.routes;
+  two.node.apply({ kind: 'callers', nodes: [place, place, own, one] });
+  assert.ok(greeted().includes(place.nodeIp));
+  assert.not.ok(peers.has(own.subnet), 'not itself');
+  two.node.apply({ kind: 'serviceGone', service: 'shop.prod.web.v1' as never });
+  two.node.now += 1_000_000;
+  two.node.proxy.tick(0, two.node.now);
+  assert.ok(greeted().includes(one.nodeIp));
+  two.node.apply({ kind: 'callers', nodes: [{ ...place, nodeIp: a('10.0.0.8') }] });
+  assert.ok(greeted().includes(a('10.0.0.8')), 'where its record says now');
+  two.node.apply({ kind: 'callers', nodes: [] });
+  two.node.proxy.tick(0, two.node.now);
+  two.node.now += 1_000_000;
+  two.node.proxy.tick(0, two.node.now);
+  assert.not.ok(peers.has(place.subnet) || peers.has(one.subnet));
+  assert.equal(greeted(), [a('10.0.0.3')], 'whom a route names');
+});
+
 test.run();
