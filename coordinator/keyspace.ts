@@ -8,7 +8,7 @@ import { hash32 } from '../src/hash.ts';
 import type { Key, Keys } from '../src/keys.ts';
 import type { Logger } from '../src/log.ts';
 import { decodeRecord, type KeyRecord, recordError } from '../src/records.ts';
-import type { Follower, Kv, KvBatch, KvEntry, LeaseId } from './kv.ts';
+import type { Follower, Kv, KvBatch, KvChange, KvEntry, LeaseId } from './kv.ts';
 
 /** A record with its place in the store's history. */
 export type Held = KeyRecord & {
@@ -193,6 +193,8 @@ export class Keyspace {
       state.reached = batch.revision;
       state.complete = true;
     } else {
+      // One batch may tell of several revisions, and its reader takes deletions before puts: of each key the last counts.
+      const last = new Map<string, KvChange>();
       for (const change of batch.changes) {
         const revision = change.kind === 'put' ? change.entry.modRevision : change.revision;
         // Everything up to `reached` is held: an event that old has been sent twice or out of turn.
@@ -201,9 +203,11 @@ export class Keyspace {
           continue;
         }
         if (brought.at(-1) !== revision) brought.push(revision);
+        last.set(change.kind === 'put' ? change.entry.key : change.key, change);
+      }
+      for (const change of last.values())
         if (change.kind === 'put') this.#put(state, change.entry, puts, deletes);
         else this.#delete(state, change.key, deletes);
-      }
       state.reached = Math.max(state.reached, batch.revision);
     }
     this.#listener.batch({ kind: batch.kind, path, revision: state.reached, puts, deletes, brought });

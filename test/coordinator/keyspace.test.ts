@@ -220,4 +220,32 @@ test('Keyspace.live is false while any path is cut off', async () => {
   );
 });
 
+test('followKeyspace tells of each key its last state, however many revisions one batch holds', async () => {
+  const { kv, tell } = script();
+  const { batches, keyspace } = open(kv, [keys.prefix('services')]);
+  const gone = keys.build({ kind: 'service', service: sid('a.a.a.a') });
+  const other = encodeService({ id: sid('a.a.a.a'), descriptor: descriptor(sid('a.a.a.a')), addresses: {} });
+  tell({ kind: 'snapshot', entries: [entry(gone, other, 1)], revision: 1 });
+  tell({
+    kind: 'changes',
+    revision: 6,
+    changes: [
+      { kind: 'put', entry: entry(gone, other, 2) },
+      { kind: 'put', entry: entry(serviceKey, cart, 3) },
+      { kind: 'delete', key: serviceKey, revision: 4 },
+      { kind: 'put', entry: entry(serviceKey, cart, 5) },
+      { kind: 'delete', key: gone, revision: 6 },
+    ],
+  });
+  const { puts, deletes, brought } = batches.at(-1)!;
+  assert.equal(
+    puts.map(({ key, modRevision }) => [key, modRevision]),
+    [[{ kind: 'service', service: CART }, 5]],
+  );
+  assert.equal(deletes, [{ kind: 'service', service: sid('a.a.a.a') }]);
+  assert.equal(brought, [2, 3, 4, 5, 6]);
+  assert.is(keyspace.staleEvents, 0);
+  await keyspace.close();
+});
+
 test.run();
