@@ -38,12 +38,14 @@ async function attach(
   return await lab.api(1, 'POST', '/api/v1/instances', { service: SERVICE, instance, netns });
 }
 
-/** Waits until the node hosts its instance again, which is later than the table knowing of it from disk. */
+/** Waits until the node hosts its instance again, which is later than the table knowing of it from disk and earlier
+ *  than the keyspace. */
 async function back(): Promise<string> {
-  await until('the instance is back', 20_000, async () =>
-    (await lab.api(1, 'GET', '/api/v1/status')).body.instances === 1 ? true : undefined,
-  ).catch((error: Error) => assert.unreachable(`${error.message}\n${lab.tail(lab.node(1))}`));
-  return (await lab.api(1, 'GET', '/api/v1/instances')).body.items[0].namespaceIp;
+  return await until('the instance is back', 20_000, async () => {
+    const { body: status } = await lab.api(1, 'GET', '/api/v1/status');
+    const { body } = await lab.api(1, 'GET', '/api/v1/instances');
+    return status.instances === 1 ? body.items[0]?.namespaceIp : undefined;
+  }).catch((error: Error) => assert.unreachable(`${error.message}\n${lab.tail(lab.node(1))}`));
 }
 
 let before: HostState;
