@@ -200,8 +200,11 @@ export const DNS_INSTANCE_TTL_S = 10;
 export const DNS_NEGATIVE_TTL_S = 0;
 /** Largest UDP answer, whatever a client offers: fits one IPv6 minimum-MTU packet (DNS flag day 2020: 1,280 − 40 − 8). */
 export const DNS_UDP_EDNS_MAX = 1232;
-/** Largest DNS message taken from a UDP socket: questions are far smaller, and answers are asked for in at most
- *  DNS_UDP_EDNS_MAX; the rest is for servers that do not listen. */
+/** Largest question taken from a UDP socket: a name has 255 octets, and with padding to blocks of 128 (RFC 8467 §4.1)
+ *  real ones stay far below. On Deno each costs that much memory (coordinator/io/udp_deno.ts). */
+export const DNS_UDP_QUESTION_MAX = 1_024;
+/** Largest answer taken from an upstream server: DNS_UDP_EDNS_MAX is asked for, the rest is for servers that do not
+ *  listen. */
 export const DNS_UDP_MESSAGE_MAX = 4_096;
 /** How long an unknown name waits for the keyspace to say whether it exists; stub resolvers give up after 5 s. */
 export const DNS_LOOKUP_WAIT_MS = 1_000;

@@ -14,7 +14,7 @@ import {
   DNS_TCP_PIPELINE_MAX,
   DNS_TCP_SOURCE_CLIENTS_MAX,
   DNS_TCP_UNREAD_MAX,
-  DNS_UDP_MESSAGE_MAX,
+  DNS_UDP_QUESTION_MAX,
 } from '../../src/limits.ts';
 
 /** An error answer that repeats no question. */
@@ -63,7 +63,7 @@ function bindUdp(address: string, port: number, kernelBytes: number | undefined)
     });
     udp.bind({ address, port, exclusive: true }, () => {
       udp.removeAllListeners('error');
-      sizeReceives(udp, DNS_UDP_MESSAGE_MAX, kernelBytes);
+      sizeReceives(udp, DNS_UDP_QUESTION_MAX, kernelBytes);
       resolve(udp);
     });
   });
