@@ -6,7 +6,7 @@ import { hostname } from 'node:os';
 import process from 'node:process';
 import { parseArgs } from 'node:util';
 import pino from 'pino';
-import { parseIpv4 } from '../src/addr.ts';
+import { type Ipv4, parseIpv4 } from '../src/addr.ts';
 import { EdgewayError, toEdgewayError, unwrap } from '../src/error.ts';
 import { checkId, DEFAULT_ROOT, Keys } from '../src/keys.ts';
 import { PORT_MAX, ROLE_TTL_S } from '../src/limits.ts';
@@ -140,7 +140,7 @@ function outsideSettings(
   domain: string | undefined,
   listen: string | undefined,
   nameServer: string | undefined,
-): { readonly zone: Zone; readonly host: string; readonly port: number } | undefined {
+): { readonly zone: Zone; readonly address: Ipv4; readonly port: number } | undefined {
   if (domain === undefined) return undefined;
   const [, host = '', portText = ''] = /^([^:]+):(\d{1,5})$/.exec(listen ?? '0.0.0.0:53') ?? [];
   const address = parseIpv4(host);
@@ -151,7 +151,7 @@ function outsideSettings(
     ...(nameServer === undefined ? {} : { nameServer }),
     ...(address.value === 0 ? {} : { address: address.value }),
   });
-  return { zone: unwrap(zone), host, port };
+  return { zone: unwrap(zone), address: address.value, port };
 }
 
 function parseFlags(argv: readonly string[]) {

@@ -4,9 +4,9 @@
 // read; and no message can make it throw.
 import type { Buffer } from 'node:buffer';
 import { Buffer as Bytes } from 'node:buffer';
-import { createSocket, type RemoteInfo, type Socket as UdpSocket } from 'node:dgram';
 import { createServer, type Server, type Socket } from 'node:net';
-import { sizeReceives } from '#udp';
+import { bindUdp } from '#udp';
+import { formatIpv4, type Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import {
   DNS_TCP_CLIENTS_MAX,
@@ -16,12 +16,13 @@ import {
   DNS_TCP_UNREAD_MAX,
   DNS_UDP_QUESTION_MAX,
 } from '../../src/limits.ts';
+import type { UdpServer } from './udp.ts';
 
 /** An error answer that repeats no question. */
 const HEADER_ONLY = 12;
 
 export interface DnsSockets {
-  readonly udp: UdpSocket;
+  readonly udp: UdpServer;
   readonly tcp: Server;
   readonly port: number;
   /** Resolves when both are closed; TCP clients must have been closed before. */
@@ -29,44 +30,27 @@ export interface DnsSockets {
 }
 
 /**
- * Both sockets on one port, or none; port 0 takes a free one. `kernelBytes`: see sizeReceives. Rejects with
+ * Both sockets on one port, or none; port 0 takes a free one. `kernelBytes`: see UdpOptions. Rejects with
  * address_taken or host_unsupported.
  */
-export async function bindDns(address: string, wanted: number, kernelBytes?: number): Promise<DnsSockets> {
+export async function bindDns(address: Ipv4, wanted: number, kernelBytes?: number): Promise<DnsSockets> {
   // A port that the kernel chose for UDP may be taken for TCP; only then is another try worth it.
   for (let tries = wanted === 0 ? 8 : 1; ; tries--) {
-    const udp = await bindUdp(address, wanted, kernelBytes);
-    const { port } = udp.address();
+    const udp = await bindUdp({ address, port: wanted, messageMax: DNS_UDP_QUESTION_MAX, kernelBytes }).catch(
+      (error: Error) => Promise.reject(bindError(error, 'UDP', formatIpv4(address), wanted)),
+    );
+    const { port } = udp;
     try {
-      const tcp = await bindTcp(address, port);
+      const tcp = await bindTcp(formatIpv4(address), port);
       const close = async (): Promise<void> => {
-        await Promise.all([closeUdp(udp), new Promise<void>((resolve) => tcp.close(() => resolve()))]);
+        await Promise.all([udp.close(), new Promise<void>((resolve) => tcp.close(() => resolve()))]);
       };
       return { udp, tcp, port, close };
     } catch (error) {
-      await closeUdp(udp);
+      await udp.close();
       if (tries <= 1) throw error;
     }
   }
-}
-
-function bindUdp(address: string, port: number, kernelBytes: number | undefined): Promise<UdpSocket> {
-  return new Promise((resolve, reject) => {
-    const udp = createSocket({
-      type: 'udp4',
-      // Peers are numeric addresses: nothing is to be looked up on the way out.
-      lookup: (host, _options, done) => done(null, host, 4),
-    });
-    udp.once('error', (error) => {
-      udp.close();
-      reject(bindError(error, 'UDP', address, port));
-    });
-    udp.bind({ address, port, exclusive: true }, () => {
-      udp.removeAllListeners('error');
-      sizeReceives(udp, DNS_UDP_QUESTION_MAX, kernelBytes);
-      resolve(udp);
-    });
-  });
 }
 
 function bindTcp(address: string, port: number): Promise<Server> {
@@ -78,10 +62,6 @@ function bindTcp(address: string, port: number): Promise<Server> {
       resolve(tcp);
     });
   });
-}
-
-function closeUdp(udp: UdpSocket): Promise<void> {
-  return new Promise((resolve) => udp.close(() => resolve()));
 }
 
 /** What stands in the way, in words. */
@@ -103,16 +83,7 @@ export function bindError(error: Error, protocol: string, address: string, port:
 }
 
 /** False for a sender that no answer can reach: RFC 768 lets a source port be 0, and a socket throws at it. */
-export const isAnswerable = (from: RemoteInfo): boolean => from.port !== 0;
-
-/** Sends an answer; what cannot be sent is a lost datagram, told by 'error' or by `failed`. */
-export function sendAnswer(udp: UdpSocket, answer: Buffer, to: RemoteInfo, failed: () => void): void {
-  try {
-    udp.send(answer, to.port, to.address);
-  } catch {
-    failed(); // closed meanwhile, or an address that the runtime does not take
-  }
-}
+export const isAnswerable = (port: number): boolean => port !== 0;
 
 /** RFC 1035 §4.2.2: over TCP a message is led by its length in two octets. */
 export function frame(message: Buffer): Buffer {

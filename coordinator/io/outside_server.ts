@@ -1,11 +1,12 @@
 // The outside DNS on its sockets, answering from a view of its own. One bad client never touches another.
+import type { Ipv4 } from '../../src/addr.ts';
 import type { Keys } from '../../src/keys.ts';
 import type { Logger } from '../../src/log.ts';
 import { followKeyspace } from '../keyspace.ts';
 import type { Kv } from '../kv.ts';
 import { answerOutside, type Zone, type ZoneTable, zoneTable } from '../outside.ts';
 import { View } from '../view.ts';
-import { bindDns, type DnsSockets, isAnswerable, sendAnswer, serveTcp } from './dns_sockets.ts';
+import { bindDns, type DnsSockets, isAnswerable, serveTcp } from './dns_sockets.ts';
 
 export interface OutsideServer {
   readonly port: number;
@@ -17,12 +18,13 @@ export async function serveOutside(options: {
   readonly kv: Kv;
   readonly keys: Keys;
   readonly zone: Zone;
-  readonly host: string;
+  /** To listen on; 0 is all. */
+  readonly address: Ipv4;
   /** 0 takes a free one. */
   readonly port: number;
   readonly log: Logger;
 }): Promise<OutsideServer> {
-  const { kv, keys, zone, host, port, log } = options;
+  const { kv, keys, zone, address, port, log } = options;
   const view = new View(keys);
   const paths = [keys.prefix('services'), keys.prefix('instances'), keys.prefix('nodes')];
   let table: ZoneTable | undefined;
@@ -47,19 +49,21 @@ export async function serveOutside(options: {
 
   let sockets: DnsSockets;
   try {
-    sockets = await bindDns(host, port);
+    sockets = await bindDns(address, port);
   } catch (error) {
     await close();
     throw error;
   }
   const { udp, tcp } = sockets;
   const failed = (error: Error): void => log.debug({ error: error.message }, 'outside DNS socket');
-  udp.on('error', failed);
-  udp.on('message', (message, from) => {
-    if (!isAnswerable(from)) return;
-    const reply = answerOutside(current(), message, 'udp');
-    if (reply !== undefined) sendAnswer(udp, reply, from, () => {});
-  });
+  udp.receive(
+    (message, asker, from) => {
+      if (!isAnswerable(from)) return;
+      const reply = answerOutside(current(), message, 'udp');
+      if (reply !== undefined) udp.send(reply, asker, from);
+    },
+    () => log.debug({}, 'outside DNS: a datagram was lost'),
+  );
   tcp.on('error', failed);
   const closeClients = serveTcp(tcp, {
     admit: (address) => address,

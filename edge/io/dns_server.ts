@@ -3,8 +3,7 @@
 // message or client touch another's.
 import type { Buffer } from 'node:buffer';
 import { Buffer as Bytes } from 'node:buffer';
-import type { RemoteInfo, Socket as UdpSocket } from 'node:dgram';
-import { bindDns, isAnswerable, sendAnswer, serveTcp } from '../../coordinator/io/dns_sockets.ts';
+import { bindDns, isAnswerable, serveTcp } from '../../coordinator/io/dns_sockets.ts';
 import { type Cidr, contains, formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
 import {
   DNS_LOOKUP_WAIT_MS,
@@ -75,7 +74,6 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
   const forwarder = createForwarder({ upstreams: options.upstreams, log, clock });
   const fast = new FastAnswers(table);
   const planOption = plan === undefined ? {} : { plan };
-  const sources = new Map<string, Ipv4>();
   /** Questions that wait for the keyspace. */
   let waiting = 0;
   /** Questions that wait for an upstream server, by asker. */
@@ -104,25 +102,12 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
   const count = (name: string): void => {
     counters[name] = (counters[name] ?? 0) + 1;
   };
-  const sendFailed = (): void => count('send_failed');
 
-  /** Undefined for a source that we do not serve (IPv6 cannot happen: both sockets are IPv4). */
-  function sourceOf(text: string): Ipv4 | undefined {
-    let source = sources.get(text);
-    if (source === undefined) {
-      const parsed = parseIpv4(text.replace(/^::ffff:/, ''));
-      if (!parsed.ok) return undefined;
-      source = parsed.value;
-      if (sources.size >= 1024) sources.clear();
-      sources.set(text, source);
-    }
-    const served =
-      clients === undefined ||
-      source === options.address ||
-      source >>> 24 === 127 ||
-      clients.some((cidr) => contains(cidr, source));
-    return served ? source : undefined;
-  }
+  const isServed = (source: Ipv4): boolean =>
+    clients === undefined ||
+    source === options.address ||
+    source >>> 24 === 127 ||
+    clients.some((cidr) => contains(cidr, source));
 
   function decide(query: Query, source: Ipv4): Decision {
     if (query.class !== 'IN' && query.class !== 'ANY')
@@ -203,14 +188,13 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
     return adoptAnswer(answered.message, query, answered.ttlOffsets, answered.ageS, limit);
   }
 
-  function onDatagram(udp: UdpSocket, message: Buffer, from: RemoteInfo): void {
+  function onDatagram(message: Buffer, source: Ipv4, from: number): void {
     counters['queries_udp']!++;
     if (!isAnswerable(from)) {
       count('malformed');
       return;
     }
-    const source = sourceOf(from.address);
-    if (source === undefined) {
+    if (!isServed(source)) {
       count('off_link');
       return;
     }
@@ -229,36 +213,35 @@ export async function startDnsServer(options: DnsServerOptions): Promise<DnsServ
         if (wait === undefined || isFound) {
           counters['fast']!++;
           count(held.kind);
-          // A copy: the socket may still hold the last one when the next asker's id is written.
-          const reply = Bytes.from(held.reply);
-          reply[0] = message[0]!;
-          reply[1] = message[1]!;
-          sendAnswer(udp, reply, from, sendFailed);
+          held.reply[0] = message[0]!;
+          held.reply[1] = message[1]!;
+          udp.send(held.reply, source, from);
           return;
         }
       }
     }
-    respond(message, source, udpLimit, key).then(
+    respond(Bytes.from(message), source, udpLimit, key).then(
       (reply) => {
-        if (reply !== undefined && !stopped) sendAnswer(udp, reply, from, sendFailed);
+        if (reply !== undefined && !stopped) udp.send(reply, source, from);
       },
-      (error: Error) => log.error({ error: error.message, peer: from.address }, 'a DNS query failed'),
+      (error: Error) => log.error({ error: error.message, peer: formatIpv4(source) }, 'a DNS query failed'),
     );
   }
 
   let stopped = false;
-  const sockets = await bindDns(address, options.port ?? 53, RECEIVE_BUFFER);
+  const sockets = await bindDns(options.address, options.port ?? 53, RECEIVE_BUFFER);
   const { udp, tcp, port } = sockets;
-  udp.on('error', sendFailed);
-  udp.on('message', (message, from) => onDatagram(udp, message, from));
+  udp.receive(onDatagram, () => count('send_failed'));
   tcp.on('error', (error) =>
     log.warn({ error: error.message, address, port }, 'the DNS server over TCP failed'),
   );
   const closeClients = serveTcp(tcp, {
     admit(text) {
-      const source = sourceOf(text);
-      if (source === undefined) count('off_link');
-      return source;
+      // The socket is of IPv4; no other form can come.
+      const source = parseIpv4(text);
+      if (source.ok && isServed(source.value)) return source.value;
+      count('off_link');
+      return undefined;
     },
     respond(message, source) {
       counters['queries_tcp']!++;

@@ -280,7 +280,7 @@ async function open(
     const readers = socket.listeners('message') as ((message: Buffer, from: RemoteInfo) => void)[];
     socket.removeAllListeners('message');
     socket.on('message', (message, from) => {
-      if (!isAnswerable(from) || !countsFit(message)) counters.mdns_malformed++;
+      if (!isAnswerable(from.port) || !countsFit(message)) counters.mdns_malformed++;
       else
         for (const read of readers)
           read(message, { ...from, direct, labels: questionLabels(message) } as Arrival);

@@ -3,6 +3,7 @@
 // same objects: it cannot outlive a change, whoever made it. Only decisions that depend on nothing else belong here;
 // what depends on the asker (`needs`) is asked before. Upstream answers live elsewhere.
 import type { Buffer } from 'node:buffer';
+import { Buffer as Bytes } from 'node:buffer';
 import { LRUCache } from 'lru-cache';
 import { DNS_FAST_ENTRIES_MAX, DNS_FAST_QUERY_MAX } from '../../src/limits.ts';
 import type { Instance, Service } from '../../src/model.ts';
@@ -51,11 +52,14 @@ export class FastAnswers {
   }
 
   set(key: string, name: Name, kind: string, reply: Buffer): void {
+    // A piece of the pool would hold the whole of it.
+    const own = Bytes.allocUnsafeSlow(reply.length);
+    own.set(reply);
     this.#held.set(key, {
       name,
       ...sourceOf(name, this.#table),
       synced: this.#table.synced,
-      reply,
+      reply: own,
       kind,
       toldMs: Number.NEGATIVE_INFINITY,
     });

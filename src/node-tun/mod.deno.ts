@@ -5,7 +5,7 @@ export * from './linux.ts';
 export * from './tun.ts';
 export type { Pointer, Region, System } from './types.ts';
 
-type Symbols<Names extends string> = Readonly<Record<Names, (...args: unknown[]) => number>>;
+type Symbols<Names extends string, Result = number> = Readonly<Record<Names, (...args: unknown[]) => Result>>;
 
 /** The part of the Deno namespace that is used here, so that the tree type-checks without Deno's own types. */
 interface DenoFfi {
@@ -13,6 +13,10 @@ interface DenoFfi {
     library: string,
     symbols: Record<Names, { parameters: string[]; result: string }>,
   ): { readonly symbols: Symbols<Names> };
+  dlopen<Names extends string>(
+    library: string,
+    symbols: Record<Names, { parameters: string[]; result: string; nonblocking: true }>,
+  ): { readonly symbols: Symbols<Names, Promise<number>> };
   readonly UnsafePointer: {
     of(bytes: Uint8Array): Pointer;
     value(pointer: Pointer): bigint | number;
@@ -41,6 +45,7 @@ const { symbols } = deno.dlopen('libc.so.6', {
   accept: { parameters: ['i32', 'pointer', 'pointer'], result: 'i32' },
   setsockopt: { parameters: ['i32', 'i32', 'i32', 'pointer', 'u32'], result: 'i32' },
   getsockopt: { parameters: ['i32', 'i32', 'i32', 'pointer', 'pointer'], result: 'i32' },
+  getsockname: { parameters: ['i32', 'pointer', 'pointer'], result: 'i32' },
   sendmsg: { parameters: ['i32', 'pointer', 'i32'], result: 'i32' },
   recvmsg: { parameters: ['i32', 'pointer', 'i32'], result: 'i32' },
   sendmmsg: { parameters: ['i32', 'pointer', 'u32', 'i32'], result: 'i32' },
@@ -48,6 +53,10 @@ const { symbols } = deno.dlopen('libc.so.6', {
 // The same function with a number where the other has a pointer.
 const { symbols: byValue } = deno.dlopen('libc.so.6', {
   ioctl: { parameters: ['i32', 'u32', 'u32'], result: 'i32' },
+});
+// The same function off this thread.
+const { symbols: aside } = deno.dlopen('libc.so.6', {
+  poll: { parameters: ['pointer', 'u32', 'i32'], result: 'i32', nonblocking: true },
 });
 const { symbols: errnoSymbols } = deno.dlopen('libc.so.6', {
   __errno_location: { parameters: [], result: 'pointer' },
@@ -76,6 +85,7 @@ export const system: System = {
   ioctl: (fd, request, argument) => ok(symbols.ioctl(fd, request, argument)),
   ioctlValue: (fd, request, argument) => ok(byValue.ioctl(fd, request, argument)),
   poll: (fds, count, timeoutMs) => ok(symbols.poll(fds, count, timeoutMs)),
+  pollAside: (fds, count, timeoutMs) => aside.poll(fds, count, timeoutMs),
   schedYield: () => symbols.sched_yield(),
   eventfd: (initial, flags) => ok(symbols.eventfd(initial, flags)),
   socket: (domain, type, protocol) => ok(symbols.socket(domain, type, protocol)),
@@ -85,6 +95,7 @@ export const system: System = {
   accept: (fd) => ok(symbols.accept(fd, null, null)),
   setsockopt: (fd, level, name, value, length) => ok(symbols.setsockopt(fd, level, name, value, length)),
   getsockopt: (fd, level, name, value, length) => ok(symbols.getsockopt(fd, level, name, value, length)),
+  getsockname: (fd, address, length) => ok(symbols.getsockname(fd, address, length)),
   sendmsg: (fd, message, flags) => ok(symbols.sendmsg(fd, message, flags)),
   recvmsg: (fd, message, flags) => ok(symbols.recvmsg(fd, message, flags)),
   sendmmsg: (fd, messages, count, flags) => ok(symbols.sendmmsg(fd, messages, count, flags)),

@@ -39,10 +39,18 @@ const raw = {
   accept: define<Three>('int accept(int, uintptr_t, uintptr_t)'),
   setsockopt: define<Five>('int setsockopt(int, int, int, uintptr_t, uint32_t)'),
   getsockopt: define<Five>('int getsockopt(int, int, int, uintptr_t, uintptr_t)'),
+  getsockname: define<Three>('int getsockname(int, uintptr_t, uintptr_t)'),
   sendmsg: define<Three>('long sendmsg(int, uintptr_t, int)'),
   recvmsg: define<Three>('long recvmsg(int, uintptr_t, int)'),
   sendmmsg: define<Four>('int sendmmsg(int, uintptr_t, uint32_t, int)'),
 };
+
+const pollAside = libc.func('int poll(uintptr_t, uint64_t, int)').async as unknown as (
+  fds: number,
+  count: number,
+  timeoutMs: number,
+  done: (error: Error | null, result: number) => void,
+) => void;
 
 const ok = (result: number): number => (result < 0 ? -koffi.errno() : result);
 const at = (pointer: Pointer): number => pointer as unknown as number;
@@ -66,6 +74,10 @@ export const system: System = {
   ioctl: (fd, request, argument) => ok(raw.ioctl(fd, request, at(argument))),
   ioctlValue: (fd, request, argument) => ok(raw.ioctl(fd, request, argument)),
   poll: (fds, count, timeoutMs) => ok(raw.poll(at(fds), count, timeoutMs)),
+  pollAside: (fds, count, timeoutMs) =>
+    new Promise((resolve) =>
+      pollAside(at(fds), count, timeoutMs, (error, result) => resolve(error === null ? result : -1)),
+    ),
   schedYield: () => raw.schedYield(),
   eventfd: (initial, flags) => ok(raw.eventfd(initial, flags)),
   socket: (domain, type, protocol) => ok(raw.socket(domain, type, protocol)),
@@ -75,6 +87,7 @@ export const system: System = {
   accept: (fd) => ok(raw.accept(fd, 0, 0)),
   setsockopt: (fd, level, name, value, length) => ok(raw.setsockopt(fd, level, name, at(value), length)),
   getsockopt: (fd, level, name, value, length) => ok(raw.getsockopt(fd, level, name, at(value), at(length))),
+  getsockname: (fd, address, length) => ok(raw.getsockname(fd, at(address), at(length))),
   sendmsg: (fd, message, flags) => ok(raw.sendmsg(fd, at(message), flags)),
   recvmsg: (fd, message, flags) => ok(raw.recvmsg(fd, at(message), flags)),
   sendmmsg: (fd, messages, count, flags) => ok(raw.sendmmsg(fd, at(messages), count, flags)),

@@ -210,6 +210,12 @@ export function writeSockaddr(view: DataView, offset: number, address: number, p
   view.setUint32(offset + 12, 0);
 }
 
+/** Writes what points to memory, 8 bytes, such as a msghdr's fields. */
+export function writeAddress(view: DataView, offset: number, address: number): void {
+  view.setUint32(offset, address % 2 ** 32, true);
+  view.setUint32(offset + 4, Math.floor(address / 2 ** 32), true);
+}
+
 /** Path MTU that the kernel holds for a destination, bytes, or the negated errno. Not for every packet. */
 export function pathMtu(sys: System, address: number, port: number): number {
   const scratch = sys.allocate(128);

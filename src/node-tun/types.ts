@@ -32,6 +32,11 @@ export interface System {
   /** For requests whose argument is a number, such as TUNSETOFFLOAD. */
   ioctlValue(fd: number, request: number, argument: number): number;
   poll(fds: Pointer, count: number, timeoutMs: number): number;
+  /**
+   * The same on a thread of the runtime's pool, which it keeps until it returns: for a loop that shares its own thread.
+   * Its errno is lost: -1 stands for any. The memory must stay until it is settled; it does not reject.
+   */
+  pollAside(fds: Pointer, count: number, timeoutMs: number): Promise<number>;
   /** Lets others of this core run first. */
   schedYield(): number;
   eventfd(initial: number, flags: number): number;
@@ -43,6 +48,7 @@ export interface System {
   accept(fd: number): number;
   setsockopt(fd: number, level: number, name: number, value: Pointer, length: number): number;
   getsockopt(fd: number, level: number, name: number, value: Pointer, length: Pointer): number;
+  getsockname(fd: number, address: Pointer, length: Pointer): number;
   sendmsg(fd: number, message: Pointer, flags: number): number;
   recvmsg(fd: number, message: Pointer, flags: number): number;
   sendmmsg(fd: number, messages: Pointer, count: number, flags: number): number;

@@ -76,7 +76,7 @@ try {
           kv: new MemoryStore(clock.monotonicMs).connect(),
           keys: new Keys(),
           zone: unwrap(parseZone('edge.example.org')),
-          host: '172.16.0.65',
+          address: ip('172.16.0.65'),
           port: options.outside,
           log: SILENT,
         });
