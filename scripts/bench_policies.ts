@@ -467,15 +467,17 @@ function toll(
     ({ at, error, ms }) =>
       (error !== undefined || (ms ?? 0) >= REPEATED_MS) && at <= until && at >= killedAt - 2_000,
   );
-  const count = (what: 'kept' | 'lost' | 'left'): number =>
+  const before = (what: 'lost' | 'left'): number =>
     flows.filter((f) => f[what] === who && f.at < killedAt).length;
+  // An answer on its way when the kill came makes a connection too.
+  const kept = flows.filter((f) => f.kept === who && f.at <= until).length;
   const lost = flows.filter((f) => f.lost === who && f.at >= killedAt && f.at <= endedUntil);
   return {
     lastMs: grown.reduce((latest, at) => (at <= until ? Math.max(latest, at - killedAt) : latest), 0),
     failed: failed.filter(({ error }) => error !== undefined).length,
     repeated: failed.filter(({ error }) => error === undefined).length,
     resetMs: lost.length === 0 ? undefined : Math.max(...lost.map(({ at }) => at - killedAt)),
-    hung: count('kept') - count('lost') - count('left') - lost.length,
+    hung: kept - before('lost') - before('left') - lost.length,
   };
 }
 
