@@ -49,6 +49,7 @@ while time.time() < end:
         data, (host, source) = s.recvfrom(9000)
         if host == '172.16.0.65':
             print(json.dumps([sockets[s], source, data.hex()]), flush=True)
+            end = min(end, time.time() + 0.7)
 `;
 
 async function raw(source: number, target: number, messages: readonly Buffer[], host = BRIDGE) {
@@ -64,7 +65,8 @@ interface Heard {
   readonly records: string;
 }
 
-/** What is heard within two seconds of the question. */
+/** What is heard within two seconds of the question, and no longer than 0.7 s after an answer: RFC 6762 §6 delays
+ *  none by more than half a second. */
 async function speak(
   message: Buffer,
   more: { port?: number; target?: string; own?: string } = {},
