@@ -159,10 +159,9 @@ try {
   shell(['perf', '--version']);
   lab.up(2, 1500, true);
   const [one, two] = lab.hosts as [LabHost, LabHost];
-  // Only what starts now writes a map of its compiled code, /tmp/perf-PID.map.
-  process.env['NODE_OPTIONS'] = '--perf-basic-prof';
-  await Promise.all(lab.hosts.map((host) => host.start('node')));
-  delete process.env['NODE_OPTIONS'];
+  // A map of the compiled code, /tmp/perf-PID.map, and no log beside it.
+  const flags = ['--perf-basic-prof', '--no-logfile-per-isolate', '--logfile=/dev/null'];
+  await Promise.all(lab.hosts.map((host) => host.start('node', {}, flags)));
   const client = lab.instance(one, 's.s.client.v1', 1);
   const server = lab.instance(two, 's.s.server.v1', 1);
   lab.tellAll();

@@ -72,8 +72,12 @@ export class LabHost {
     this.bridge = ipv4(this.subnet + 1);
   }
 
-  /** Starts the packet loop; resolves when it is ready. */
-  async start(runtime: Runtime, changes: Partial<ProxyConfig> = {}): Promise<void> {
+  /** Starts the packet loop; resolves when it is ready. `flags` are the runtime's own. */
+  async start(
+    runtime: Runtime,
+    changes: Partial<ProxyConfig> = {},
+    flags: readonly string[] = [],
+  ): Promise<void> {
     const config: ProxyConfig = {
       tun: 'ewtun',
       mtu: MTU_DEFAULT,
@@ -88,7 +92,8 @@ export class LabHost {
       seed: this.index,
       ...changes,
     };
-    const argv = inside(this.netns, ...runtimeArgv(runtime), join(root, 'scripts/proxy_host.ts'));
+    const file = join(root, 'scripts/proxy_host.ts');
+    const argv = inside(this.netns, ...runtimeArgv(runtime), ...flags, file);
     const child = spawn(argv[0]!, argv.slice(1), { cwd: root, stdio: ['pipe', 'pipe', 'pipe'] });
     this.process = child;
     child.stderr.on('data', (chunk: Buffer) => {
