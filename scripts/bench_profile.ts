@@ -159,8 +159,8 @@ try {
   shell(['perf', '--version']);
   lab.up(2, 1500, true);
   const [one, two] = lab.hosts as [LabHost, LabHost];
-  // A map of the compiled code, /tmp/perf-PID.map, and no log beside it.
-  const flags = ['--perf-basic-prof', '--no-logfile-per-isolate', '--logfile=/dev/null'];
+  // A map of the compiled code, /tmp/perf-PID.map; the log that comes with it would be put here.
+  const flags = ['--perf-basic-prof', '--no-logfile-per-isolate', `--logfile=${join(dir, 'v8.log')}`];
   await Promise.all(lab.hosts.map((host) => host.start('node', {}, flags)));
   const client = lab.instance(one, 's.s.client.v1', 1);
   const server = lab.instance(two, 's.s.server.v1', 1);
