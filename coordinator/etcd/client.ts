@@ -1,8 +1,9 @@
 // `Kv` over etcd: etcd3 for connections, credentials and single calls, tuned; listing and watching are our own
 // (watch.ts), and so is the judgement of leases (../lease.ts). Requests and watches travel on separate connections,
-// so a burst of events never delays a renewal. It refuses to repeat a write that may have been applied.
+// so a burst of events never delays a renewal. It refuses to repeat a write that may have been applied, and to go on
+// with what one etcd cluster said when another one answers.
 import { InterceptingCall, type Interceptor } from '@grpc/grpc-js';
-import { ExponentialBackoff, handleWhen, noop, retry } from 'cockatiel';
+import { ExponentialBackoff, handleWhen, noop, type RetryPolicy, retry } from 'cockatiel';
 import {
   Etcd3,
   EtcdInvalidAuthTokenError,
@@ -10,6 +11,7 @@ import {
   EtcdPermissionDeniedError,
   type IKeyValue,
   type IOptions,
+  type IResponseHeader,
   isRecoverableError,
 } from 'etcd3';
 import { EdgewayError } from '../../src/error.ts';
@@ -91,9 +93,28 @@ const REQUIRE_LEADER: Interceptor[] = [
     }),
 ];
 
+/** What every answer carries. */
+interface Answer {
+  readonly header: IResponseHeader;
+}
+
+/** A listing, and the id of the cluster that gave it. */
+interface Listing {
+  readonly entries: readonly KvEntry[];
+  readonly revision: number;
+  readonly cluster: string;
+}
+
 class EtcdKv implements Kv {
-  readonly #requests: Etcd3;
-  readonly #watches: Etcd3;
+  readonly #base: IOptions;
+  #requests: Etcd3;
+  #watches: Etcd3;
+  /** How often the two were replaced, and when last. */
+  #generation = 0;
+  #replacedMs = Number.NEGATIVE_INFINITY;
+  /** The id of the cluster that answers, and the changes of it that were logged. */
+  #cluster: string | undefined;
+  readonly #moves = new Set<string>();
   readonly #stream: WatchStream;
   readonly #options: EtcdOptions;
   readonly #timeoutMs: number;
@@ -117,7 +138,7 @@ class EtcdKv implements Kv {
     const hosts = options.endpoints.map(checkEndpoint);
     if (hosts.length === 0) throw new EdgewayError('invalid_request', 'no etcd endpoint given');
     const { username, password, rootCertificate, certificate, privateKey } = options.credentials ?? {};
-    const base: IOptions = {
+    this.#base = {
       hosts,
       defaultCallOptions: (context) =>
         context.isStream ? { interceptors: REQUIRE_LEADER } : { deadline: Date.now() + this.#timeoutMs },
@@ -133,12 +154,7 @@ class EtcdKv implements Kv {
           }),
       ...(username === undefined ? {} : { auth: { username, password: password ?? '' } }),
     };
-    this.#requests = new Etcd3({ ...base, grpcOptions: GRPC_OPTIONS });
-    // A pool of its own: gRPC otherwise shares one connection between channels of equal options.
-    this.#watches = new Etcd3({
-      ...base,
-      grpcOptions: { ...GRPC_OPTIONS, 'grpc.use_local_subchannel_pool': 1 },
-    });
+    [this.#requests, this.#watches] = this.#connect();
     this.#stream = new WatchStream(async () => {
       // A token dies with its server; only a single call makes etcd3 fetch another (streams do not).
       if (username !== undefined) await touch(this.#watches);
@@ -152,13 +168,13 @@ class EtcdKv implements Kv {
     return kv === undefined ? undefined : entryOf(kv);
   }
 
-  async range(path: string): Promise<{ entries: readonly KvEntry[]; revision: number }> {
-    const { kvs, revision } = await this.#list(path, false);
-    return { entries: kvs.map(entryOf), revision };
+  async range(path: string): Promise<Listing> {
+    const { kvs, revision, cluster } = await this.#list(path, false);
+    return { entries: kvs.map(entryOf), revision, cluster };
   }
 
   /** `range` for a follower: after a heal all of them want one. */
-  async rangeInTurn(path: string): Promise<{ entries: readonly KvEntry[]; revision: number }> {
+  async rangeInTurn(path: string): Promise<Listing> {
     if (this.#listings < LISTINGS_MAX) this.#listings++;
     else await new Promise<void>((resolve) => this.#turns.push(resolve));
     try {
@@ -287,11 +303,49 @@ class EtcdKv implements Kv {
     this.#watches.close();
   }
 
-  async #list(path: string, keysOnly: boolean): Promise<{ kvs: IKeyValue[]; revision: number }> {
+  /**
+   * Every answer passes here with the id of its cluster. Another id means that an endpoint leads elsewhere now, or that
+   * its etcd began anew. Requests and watches may have gone there one without the other, so both connect again and
+   * every follower lists again: nothing from before is compared with what comes.
+   */
+  hear(cluster: string, generation = this.#generation): void {
+    if (cluster === this.#cluster || generation !== this.#generation || this.#closed) return;
+    const before = this.#cluster;
+    // With endpoints of two clusters ids alternate: within the pause the change stays news.
+    if (before !== undefined && performance.now() - this.#replacedMs < RESYNC_PAUSE_CAP_MS) return;
+    this.#cluster = cluster;
+    if (before === undefined) return;
+    const move = `etcd cluster ${hex(cluster)} answers where ${hex(before)} did`;
+    if (!this.#moves.has(move))
+      this.#options.log.warn({ reason: move }, 'another etcd answers; listing everything again');
+    this.#moves.add(move);
+    this.#generation++;
+    this.#replacedMs = performance.now();
+    const old = [this.#requests, this.#watches];
+    [this.#requests, this.#watches] = this.#connect();
+    this.#stream.reset(move);
+    for (const client of old) client.close();
+  }
+
+  #connect(): [requests: Etcd3, watches: Etcd3] {
+    // gRPC shares one connection between channels of equal options, closed ones among them: the number, which means
+    // nothing to it, keeps a generation from the connections of the one before, the pool watches from requests.
+    const grpcOptions = { ...GRPC_OPTIONS, 'edgeway.generation': this.#generation };
+    return [
+      new Etcd3({ ...this.#base, grpcOptions }),
+      new Etcd3({ ...this.#base, grpcOptions: { ...grpcOptions, 'grpc.use_local_subchannel_pool': 1 } }),
+    ];
+  }
+
+  async #list(
+    path: string,
+    keysOnly: boolean,
+  ): Promise<{ kvs: IKeyValue[]; revision: number; cluster: string }> {
     const range = rangeOf(path);
     for (let restarts = 0; ; restarts++) {
       const kvs: IKeyValue[] = [];
       let revision = 0;
+      let cluster = '';
       try {
         for (let key = range.key; ; ) {
           const page = await this.#read(() =>
@@ -303,10 +357,14 @@ class EtcdKv implements Kv {
               ...(revision === 0 ? {} : { revision }),
             }),
           );
-          if (revision === 0) revision = Number(page.header.revision);
+          if (revision === 0) {
+            revision = Number(page.header.revision);
+            cluster = page.header.cluster_id;
+          } else if (page.header.cluster_id !== cluster)
+            throw new EdgewayError('coordination_unavailable', 'two etcd clusters answered one listing');
           kvs.push(...page.kvs);
           const last = page.kvs.at(-1);
-          if (!page.more || last === undefined) return { kvs, revision };
+          if (!page.more || last === undefined) return { kvs, revision, cluster };
           key = Buffer.concat([last.key, Buffer.of(0)]);
         }
       } catch (error) {
@@ -318,6 +376,7 @@ class EtcdKv implements Kv {
 
   /** One keep-alive on a stream of its own, bounded; etcd answers TTL 0 for a lease that has ended. */
   async #renew(lease: LeaseId): Promise<number> {
+    const generation = this.#generation;
     const stream = await this.#requests.leaseClient.leaseKeepAlive({
       deadline: Date.now() + this.#timeoutMs,
     });
@@ -325,7 +384,8 @@ class EtcdKv implements Kv {
       return await new Promise<number>((resolve, reject) => {
         stream.on('error', reject);
         stream.on('end', () => reject(new EdgewayError('coordination_unavailable', 'the stream ended')));
-        stream.on('data', ({ TTL }) => {
+        stream.on('data', ({ TTL, header }) => {
+          this.hear(header.cluster_id, generation);
           if (Number(TTL) > 0) resolve(Number(TTL));
           else reject(new EdgewayError('lease_lost', `lease ${lease} has ended`));
         });
@@ -336,17 +396,22 @@ class EtcdKv implements Kv {
     }
   }
 
-  async #read<T>(call: () => Promise<T>): Promise<T> {
-    try {
-      return await this.#reads.execute(call);
-    } catch (error) {
-      throw mapped(error);
-    }
+  #read<T extends Answer>(call: () => Promise<T>): Promise<T> {
+    return this.#ask(this.#reads, call);
+  }
+  #write<T extends Answer>(call: () => Promise<T>): Promise<T> {
+    return this.#ask(this.#writes, call);
   }
 
-  async #write<T>(call: () => Promise<T>): Promise<T> {
+  async #ask<T extends Answer>(policy: RetryPolicy, call: () => Promise<T>): Promise<T> {
+    let generation = this.#generation;
     try {
-      return await this.#writes.execute(call);
+      const answer = await policy.execute(() => {
+        generation = this.#generation;
+        return call();
+      });
+      this.hear(answer.header.cluster_id, generation);
+      return answer;
     } catch (error) {
       throw mapped(error);
     }
@@ -401,10 +466,11 @@ class EtcdFollower implements Follower {
     while (!this.#closed) {
       let reason: string;
       try {
-        const { entries, revision } = await this.#kv.rangeInTurn(this.#path);
+        const listing = await this.#kv.rangeInTurn(this.#path);
         if (this.#closed) return;
+        const { entries, revision } = listing;
         this.#listener.batch({ kind: 'snapshot', entries, revision });
-        reason = await this.#follow(entries, revision);
+        reason = await this.#follow(listing);
       } catch (error) {
         reason = error instanceof Error ? error.message : String(error);
       }
@@ -416,7 +482,7 @@ class EtcdFollower implements Follower {
   }
 
   /** Resolves with the reason when the watch is over. */
-  #follow(entries: readonly KvEntry[], from: number): Promise<string> {
+  #follow({ entries, revision: from, cluster }: Listing): Promise<string> {
     return new Promise((resolve) => {
       const held = new Map(entries.map(({ key, modRevision }) => [key, modRevision]));
       let reached = from;
@@ -459,8 +525,11 @@ class EtcdFollower implements Follower {
         { key: this.#path, ...(end_ === undefined ? {} : { end: end_ }) },
         from + 1,
         {
-          created: (revision) => {
+          created: (revision, answering) => {
             clearTimeout(created);
+            this.#kv.hear(answering);
+            if (over) return;
+            if (answering !== cluster) return end('the listing is of another etcd cluster than the watch');
             if (revision < from) return end(`etcd went back from revision ${from} to ${revision}`);
             this.#turn(true);
             later();
@@ -542,6 +611,11 @@ function entryOf(kv: IKeyValue): KvEntry {
 /** True for failures to connect at all: the request never left, so a write may be tried again. */
 function surelyNotApplied(error: Error): boolean {
   return isRecoverableError(error) && /No connection established|ECONNREFUSED/.test(error.message);
+}
+
+/** As etcd's own log has it; the client gives decimal digits. */
+function hex(cluster: string): string {
+  return BigInt(cluster).toString(16);
 }
 
 function isCompacted(error: unknown): boolean {

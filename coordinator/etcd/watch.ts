@@ -5,8 +5,8 @@
 import type { IDuplexStream, IEvent, IWatchRequest, IWatchResponse } from 'etcd3';
 
 export interface WatchSink {
-  /** etcd has accepted the watch; the store's revision at that moment. */
-  created(revision: number): void;
+  /** etcd has accepted the watch; the store's revision at that moment, and the id of its cluster. */
+  created(revision: number, cluster: string): void;
   /** Whole revisions, in order. Empty when etcd only tells how far it has come. */
   events(events: readonly IEvent[], revision: number): void;
   /** The watch is over. `compacted`: its start lies before what etcd still holds. */
@@ -70,6 +70,12 @@ export class WatchStream {
     };
   }
 
+  /** Ends every watch; the next one opens another stream. */
+  reset(reason: string): void {
+    if (this.#stream !== undefined) this.#drop(this.#stream);
+    this.#endAll(reason);
+  }
+
   close(): void {
     this.#watches.clear();
     if (this.#stream !== undefined) this.#drop(this.#stream);
@@ -131,7 +137,7 @@ export class WatchStream {
       return;
     }
     if (response.created) {
-      entry.sink.created(Number(response.header.revision));
+      entry.sink.created(Number(response.header.revision), response.header.cluster_id);
       return;
     }
     entry.parts.push(...response.events);

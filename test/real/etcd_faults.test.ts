@@ -19,7 +19,7 @@ import { PING_INTERVAL_MS, PING_TIMEOUT_MS, REQUEST_TIMEOUT_MS } from '../../src
 import { SILENT } from '../../src/log.ts';
 import { DEFAULT_NETWORK_CONFIG as config, encodeService } from '../../src/records.ts';
 import { Mirror, rejectsWith } from '../conformance/kv.ts';
-import { startTestEtcd, type TestEtcd } from '../support/etcd.ts';
+import { startTestEtcd, startTwinEtcds, type TestEtcd } from '../support/etcd.ts';
 import { eventually } from '../support/eventually.ts';
 import { keepLogs } from '../support/logs.ts';
 import { Relay } from '../support/relay.ts';
@@ -234,26 +234,27 @@ test('a follower among changes raises no false alarm when it compares itself wit
 });
 
 test('a follower that drifted from etcd is found by comparison and listed again', async () => {
-  // Its requests go to one etcd and its watch to another, whose events are none of the first one's: the way that a
+  // Its requests go to one etcd and its watch to its twin, whose events are none of the first one's: the way that a
   // lost or invented event looks from here. It works because the two travel on connections of their own.
   const logs = keepLogs();
-  const other = await startTestEtcd();
-  const stranger = connectEtcd({ endpoints: [other.endpoint], log: SILENT });
-  const crossed = await Relay.to(etcd.endpoint);
+  const [told, twin] = await startTwinEtcds();
+  const teller = connectEtcd({ endpoints: [told.endpoint], log: SILENT });
+  const stranger = connectEtcd({ endpoints: [twin.endpoint], log: SILENT });
+  const crossed = await Relay.to(told.endpoint);
   const kv = connectEtcd({ endpoints: [crossed.endpoint], log: logs.log, auditIntervalMs: 200 });
   try {
-    const { revision: head } = await direct.txn([], [put('/drift/a', '1')]);
-    let ahead = 0;
-    while (ahead < head) ahead = (await stranger.txn([], [put('/elsewhere', String(ahead))])).revision;
+    const { revision: head } = await teller.txn([], [put('/drift/a', '1')]);
+    for (let ahead = 0; ahead < head; )
+      ahead = (await stranger.txn([], [put('/elsewhere', String(ahead))])).revision;
     await kv.get('/drift/a');
-    crossed.target(other.endpoint);
+    crossed.target(twin.endpoint);
     const mirror = new Mirror(kv, '/drift/');
     await eventually(() => mirror.live, 'live');
     const { revision } = await stranger.txn([], [put('/drift/invented', '1')]);
     await eventually(() => mirror.entries.has('/drift/invented'), 'the event that never was');
     // Both must know the revision to compare.
     for (let mine = head; mine < revision; )
-      mine = (await direct.txn([], [put('/elsewhere', String(mine))])).revision;
+      mine = (await teller.txn([], [put('/elsewhere', String(mine))])).revision;
     await eventually(
       () => mirror.batches.filter(({ kind }) => kind === 'snapshot').length >= 2,
       'a new listing',
@@ -263,8 +264,56 @@ test('a follower that drifted from etcd is found by comparison and listed again'
     assert.match(logs.of('warn')[0]?.message ?? '', 'held state differs from etcd');
     await mirror.follower.close();
   } finally {
-    await Promise.all([kv.close(), stranger.close()]);
+    await Promise.all([kv.close(), teller.close(), stranger.close()]);
     await crossed.close();
+    await Promise.all([told.remove(), twin.remove()]);
+  }
+});
+
+test('an endpoint that leads to another cluster for requests or for the watch alone: both follow, said once', async () => {
+  const other = await startTestEtcd();
+  const stranger = connectEtcd({ endpoints: [other.endpoint], log: SILENT });
+  try {
+    await direct.txn([], [put('/moved/old', '1')]);
+    await stranger.txn([], [put('/moved/new', '1')]);
+    // The requests' connection is the older one.
+    for (const [what, from, to] of [
+      ['requests', 0, 1],
+      ['watch', 1, 2],
+    ] as const) {
+      const logs = keepLogs();
+      const crossed = await Relay.to(etcd.endpoint);
+      const kv = connectEtcd({ endpoints: [crossed.endpoint], log: logs.log });
+      const mirror = new Mirror(kv, '/moved/');
+      await eventually(() => mirror.live && mirror.entries.has('/moved/old'), 'live');
+      assert.is(crossed.connections, 2);
+      crossed.target(other.endpoint);
+      crossed.drop(from, to);
+      await eventually(
+        async () => {
+          // A node renews its lease every few seconds; whatever is asked for tells.
+          await kv.get('/elsewhere').catch(() => {});
+          return mirror.live && mirror.entries.has('/moved/new');
+        },
+        `${what}: what the other one holds`,
+        10_000,
+      );
+      assert.equal(mirror.values(), { '/moved/new': '1' });
+      const { revision } = await kv.txn([], [put(`/moved/${what}`, '1')]);
+      await eventually(() => mirror.revision === revision, 'its own write');
+      assert.ok(await stranger.get(`/moved/${what}`));
+      await stranger.txn([], [{ kind: 'delete', key: `/moved/${what}` }]);
+      const warned = logs.of('warn');
+      assert.equal(
+        warned.map(({ message }) => message),
+        ['another etcd answers; listing everything again'],
+      );
+      assert.match(warned[0]?.reason ?? '', /etcd cluster ([0-9a-f]+) answers where (?!\1)[0-9a-f]+ did/);
+      await kv.close();
+      await crossed.close();
+    }
+  } finally {
+    await stranger.close();
     await other.remove();
   }
 });
@@ -294,8 +343,9 @@ test('compaction between two pages of a listing: it begins again and is whole', 
   }
 });
 
-test('a member restarted empty: followers show exactly what it holds, and revisions begin again', async () => {
-  const kv = connect();
+test('a member restarted empty: followers show exactly what it holds, revisions begin again, it is said once', async () => {
+  const logs = keepLogs();
+  const kv = connect({ log: logs.log });
   const mirror = new Mirror(kv, '/wipe/');
   for (let i = 0; i < 50; i++) await direct.txn([], [put('/wipe/old', String(i))]);
   await eventually(() => mirror.live && mirror.entries.has('/wipe/old'), 'live');
@@ -314,6 +364,10 @@ test('a member restarted empty: followers show exactly what it holds, and revisi
     assert.ok(revision < before);
     await eventually(() => mirror.entries.has('/wipe/new'), 'the new entry');
     assert.is(mirror.revision, revision);
+    assert.equal(
+      logs.of('warn').map(({ message }) => message),
+      ['another etcd answers; listing everything again'],
+    );
     await mirror.follower.close();
   } finally {
     await empty.stop();

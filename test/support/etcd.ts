@@ -1,6 +1,6 @@
 // A throwaway etcd for tests: the same starter that the agent uses, in a directory that is removed afterwards.
 import { execFile } from 'node:child_process';
-import { mkdtemp, rm } from 'node:fs/promises';
+import { cp, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
@@ -14,8 +14,20 @@ export interface TestEtcd extends PrivateEtcd {
   remove(): Promise<void>;
 }
 
-export async function startTestEtcd(): Promise<TestEtcd> {
-  const dataDir = await mkdtemp(join(tmpdir(), 'edgeway-test-etcd-'));
+/** Two that hold the same and bear the ids of one cluster, and know nothing of each other: what only a broken etcd is. */
+export async function startTwinEtcds(): Promise<[TestEtcd, TestEtcd]> {
+  const dataDir = await newDataDir();
+  await (await startPrivateEtcd({ dataDir, log: SILENT })).stop();
+  const copy = await newDataDir();
+  await cp(dataDir, copy, { recursive: true });
+  return [await startTestEtcd(dataDir), await startTestEtcd(copy)];
+}
+
+const newDataDir = (): Promise<string> => mkdtemp(join(tmpdir(), 'edgeway-test-etcd-'));
+
+/** `held`: a directory that an etcd has left. */
+export async function startTestEtcd(held?: string): Promise<TestEtcd> {
+  const dataDir = held ?? (await newDataDir());
   const etcd = await startPrivateEtcd({ dataDir, log: SILENT });
   return {
     ...etcd,

@@ -35,6 +35,13 @@ export class Relay {
   target(endpoint: string): void {
     this.#target = parse(endpoint);
   }
+  /** Resets those connections, counted from the oldest; new ones are let in. */
+  drop(from: number, to?: number): void {
+    for (const [a, b] of [...this.#pairs].slice(from, to)) {
+      a.destroy();
+      b.destroy();
+    }
+  }
   /** Every connection is reset, new ones too. */
   cut(): void {
     this.#mode = 'cut';
