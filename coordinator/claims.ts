@@ -11,9 +11,9 @@
 // A node id belongs to one host of one cluster: every claim of a subnet writes or compares `hosts/<node>` in the same
 // transaction, and so does whatever is published, so that hosts which were given one id cannot share what it holds.
 //
-// A released address rests: its value says so and a lease of `quarantineS` takes it away, so nobody else is given it
-// while a peer may still hold a flow to its last owner; the last holder itself may take it up again at once. What tenure
-// frees needs no rest: nobody has published it since presence ended, which is longer ago than the quarantine.
+// A released address rests (rest.ts): its value says so and a lease takes it away after the quarantine, so nobody else
+// is given it while a peer may still hold a flow to its last owner; the last holder itself may take it up again at once.
+// What tenure frees needs no rest: nobody has published it since presence ended, which is longer ago than the quarantine.
 import {
   type Cidr,
   contains,
@@ -76,6 +76,7 @@ import {
   sameService,
 } from '../src/records.ts';
 import type { Compare, Kv, KvEntry, LeaseId, Operation } from './kv.ts';
+import { RESTING_LEASE, txnWithRest } from './rest.ts';
 
 /** What there is, or `wanted` when there is nothing yet. Rejects `invalid_record` when what is there cannot be read. */
 export async function ensureConfig(kv: Kv, keys: Keys, wanted: NetworkConfig): Promise<NetworkConfig> {
@@ -481,7 +482,6 @@ export async function releaseSubnet(
 ): Promise<void> {
   const key = keys.build({ kind: 'subnet', subnet });
   const hostKey = keys.build({ kind: 'host', node: owner.node });
-  const rest = restOf(kv, config);
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
     const [entry, host] = await Promise.all([kv.get(key), kv.get(hostKey)]);
     const holder = entry === undefined ? undefined : decodeSubnet(entry.value);
@@ -492,8 +492,10 @@ export async function releaseSubnet(
       if (!held.ok || held.value.cluster !== owner.cluster) return;
       if ((held.value.nodeIp ?? owner.nodeIp) !== (owner.nodeIp ?? held.value.nodeIp)) return;
     }
-    const operation = await rest(key, (resting) => encodeSubnet({ ...plainOwner(owner), ...resting }));
-    const { succeeded } = await kv.txn(
+    const operation = rest(key, encodeSubnet({ ...plainOwner(owner), resting: true }));
+    const { succeeded } = await txnWithRest(
+      kv,
+      config.quarantineS,
       [
         { key, modRevision: entry.modRevision },
         { key: hostKey, modRevision: host?.modRevision ?? 0 },
@@ -543,7 +545,6 @@ async function writeService(
   if (distinct.size < Object.values(wanted).length)
     throw new EdgewayError('invalid_request', `service ${id}: one address cannot stand for two policies`);
   const key = keys.build({ kind: 'service', service: id });
-  const rest = restOf(kv, config);
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
     const entry = await kv.get(key);
     const known = entry === undefined ? undefined : decodeService(entry.value, id);
@@ -572,7 +573,7 @@ async function writeService(
         const old = await kv.get(addressKey(keys, had));
         if (old === undefined || !sameOwner(decodeAddress(old.value), owner)) continue;
         compares.push({ key: old.key, modRevision: old.modRevision });
-        operations.push(await rest(old.key, (resting) => encodeAddress({ ...owner, ...resting })));
+        operations.push(rest(old.key, encodeAddress({ ...owner, resting: true })));
       }
     }
     const ports = await findPorts(kv, keys, id, descriptor, before?.descriptor);
@@ -584,7 +585,7 @@ async function writeService(
     if (entry !== undefined && operations.length === 0 && before && sameService(before, service))
       return { service, revision: entry.modRevision };
     operations.push({ kind: 'put', key, value: encodeService(service, before && entry?.value) });
-    const result = await kv.txn(compares, operations);
+    const result = await txnWithRest(kv, config.quarantineS, compares, operations);
     if (result.succeeded) return { service, revision: result.revision };
   }
   throw conflict(key);
@@ -636,7 +637,6 @@ export async function deleteService(
   options: { readonly force?: boolean } = {},
 ): Promise<number> {
   const key = keys.build({ kind: 'service', service: id });
-  const rest = restOf(kv, config);
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
     const entry = await kv.get(key);
     if (entry === undefined) throw new EdgewayError('not_found', `there is no service ${id}`);
@@ -659,12 +659,12 @@ export async function deleteService(
       const owner: AddressOwner = { kind: 'service', service: id, policy };
       if (held === undefined || !sameOwner(decodeAddress(held.value), owner)) continue;
       compares.push({ key: held.key, modRevision: held.modRevision });
-      operations.push(await rest(held.key, (resting) => encodeAddress({ ...owner, ...resting })));
+      operations.push(rest(held.key, encodeAddress({ ...owner, resting: true })));
     }
     const ports = await findPorts(kv, keys, id, undefined, known.ok ? known.value.descriptor : undefined);
     compares.push(...ports.compares);
     operations.push(...ports.operations);
-    const result = await kv.txn(compares, operations);
+    const result = await txnWithRest(kv, config.quarantineS, compares, operations);
     if (result.succeeded) return result.revision;
   }
   throw conflict(key);
@@ -761,7 +761,6 @@ export async function releaseInstance(
 ): Promise<number> {
   const { service, instance, node } = held;
   const key = keys.build({ kind: 'instance', service, instance });
-  const rest = restOf(kv, config);
   for (let tries = 0; tries < CLAIM_TRIES_MAX; tries++) {
     const compares: Compare[] = [];
     const operations: Operation[] = [];
@@ -776,11 +775,11 @@ export async function releaseInstance(
     const owner: AddressOwner = { kind: 'instance', service, instance, node };
     if (claim !== undefined && sameOwner(decodeAddress(claim.value), owner)) {
       compares.push({ key: claim.key, modRevision: claim.modRevision });
-      operations.push(await rest(claim.key, (resting) => encodeAddress({ ...owner, ...resting })));
+      operations.push(rest(claim.key, encodeAddress({ ...owner, resting: true })));
     }
     if (operations.length === 0) return 0;
     const shown = operations.some((operation) => operation.kind === 'delete' && operation.key === key);
-    const result = await kv.txn(compares, operations);
+    const result = await txnWithRest(kv, config.quarantineS, compares, operations);
     if (result.succeeded) return shown ? result.revision : 0;
   }
   throw conflict(key);
@@ -889,17 +888,9 @@ async function findAddress(
   );
 }
 
-/** Turns a claim into a resting one: an operation on a lease that ends with the quarantine. */
-function restOf(
-  kv: Kv,
-  config: NetworkConfig,
-): (key: string, value: (resting: { resting: true }) => string) => Promise<Operation> {
-  let lease: LeaseId | undefined;
-  return async (key, value) => {
-    if (config.quarantineS === 0) return { kind: 'delete', key };
-    lease ??= await kv.grant(config.quarantineS);
-    return { kind: 'put', key, value: value({ resting: true }), lease };
-  };
+/** Turns a claim into a resting one. */
+function rest(key: string, value: string): Operation {
+  return { kind: 'put', key, value, lease: RESTING_LEASE };
 }
 
 function refuseOtherNode(keys: Keys, entry: KvEntry | undefined, node: string): void {

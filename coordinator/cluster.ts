@@ -7,7 +7,8 @@ import type { ServiceId } from '../src/name.ts';
 import { isServiceAddress } from '../src/plan.ts';
 import { POLICIES } from '../src/policy.ts';
 import { encodeAddress, encodeCluster } from '../src/records.ts';
-import type { LeaseId, Operation } from './kv.ts';
+import type { Operation } from './kv.ts';
+import { RESTING_LEASE } from './rest.ts';
 import type { Action } from './root.ts';
 import type { View } from './view.ts';
 
@@ -16,9 +17,6 @@ export interface ClusterDecision {
   readonly complete: readonly { readonly service: ServiceId; readonly revision: number }[];
   readonly actions: readonly Action[];
 }
-
-/** Stands in a decision for a lease that ends with the quarantine; the shell grants it when an action needs it. */
-export const RESTING_LEASE = 'resting' as LeaseId;
 
 /** `unreadable`: keys whose value cannot be read; what may belong to them is left alone. */
 export function decideCluster(

@@ -93,6 +93,11 @@ export interface Kv {
   txn(compares: readonly Compare[], operations: readonly Operation[]): Promise<TxnResult>;
   /** A new lease of that many seconds. */
   grant(ttlS: number): Promise<LeaseId>;
+  /**
+   * A lease for keys that are to go by themselves no sooner than in that many seconds, nor much later. What one client
+   * asks for within a short time is one lease, so nobody renews or revokes it. `ended`: one of these that is no more.
+   */
+  grantShared(ttlS: number, ended?: LeaseId): Promise<LeaseId>;
   /** Renews; resolves to the seconds granted, rejects with `lease_lost` when it has ended. */
   keepAlive(lease: LeaseId): Promise<number>;
   /** Ends a lease and deletes its keys; succeeds when it has ended already. */

@@ -18,6 +18,7 @@ import {
   TXN_OPERATIONS_MAX,
   type TxnResult,
 } from './kv.ts';
+import { type SharedClock, SharedLeases } from './rest.ts';
 
 interface Lease {
   readonly ttlS: number;
@@ -60,8 +61,9 @@ export class MemoryStore {
     return this.#leases.size;
   }
 
-  connect(): MemoryKv {
-    const client = new MemoryKv(this, (gone) => this.#clients.delete(gone));
+  /** `clock`: what the client's host has for one; the store's own otherwise. */
+  connect(clock: SharedClock = { monotonicMs: this.#now, wallMs: this.#now }): MemoryKv {
+    const client = new MemoryKv(this, clock, (gone) => this.#clients.delete(gone));
     this.#clients.add(client);
     return client;
   }
@@ -251,12 +253,14 @@ interface MemoryFollower {
 export class MemoryKv implements Kv {
   readonly #store: MemoryStore;
   readonly #forget: (self: MemoryKv) => void;
+  readonly #shared: SharedLeases;
   readonly #followers = new Set<MemoryFollower>();
   #partitioned = false;
   #pumping = false;
 
-  constructor(store: MemoryStore, forget: (self: MemoryKv) => void) {
+  constructor(store: MemoryStore, clock: SharedClock, forget: (self: MemoryKv) => void) {
     this.#store = store;
+    this.#shared = new SharedLeases((ttlS) => this.grant(ttlS), clock);
     this.#forget = forget;
   }
 
@@ -289,6 +293,10 @@ export class MemoryKv implements Kv {
   }
   async grant(ttlS: number): Promise<LeaseId> {
     return this.#reach().grant(ttlS);
+  }
+  async grantShared(ttlS: number, ended?: LeaseId): Promise<LeaseId> {
+    this.#reach();
+    return this.#shared.take(ttlS, ended);
   }
   async keepAlive(lease: LeaseId): Promise<number> {
     return this.#reach().keepAlive(lease);

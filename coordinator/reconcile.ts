@@ -13,10 +13,11 @@ import {
 import type { Logger } from '../src/log.ts';
 import type { NetworkConfig } from '../src/model.ts';
 import { ensureService } from './claims.ts';
-import { decideCluster, RESTING_LEASE } from './cluster.ts';
+import { decideCluster } from './cluster.ts';
 import { followKeyspace, type Keyspace } from './keyspace.ts';
-import type { Compare, Kv, LeaseId, Operation, TxnResult } from './kv.ts';
+import type { Compare, Kv, Operation, TxnResult } from './kv.ts';
 import type { Time } from './lease.ts';
+import { txnWithRest } from './rest.ts';
 import { type Action, blockFaults, decideRoot } from './root.ts';
 import { View } from './view.ts';
 
@@ -37,6 +38,7 @@ export function fencedKv(kv: Kv, fence: Compare, onFenced: () => void): Kv {
     audit: (path, revision) => kv.audit(path, revision),
     txn,
     grant: (ttlS) => kv.grant(ttlS),
+    grantShared: (ttlS, ended) => kv.grantShared(ttlS, ended),
     keepAlive: (lease) => kv.keepAlive(lease),
     revoke: (lease) => kv.revoke(lease),
     follow: (path, listener) => kv.follow(path, listener),
@@ -165,24 +167,14 @@ export class Reconciler {
   }
 
   async #commit(actions: readonly Action[]): Promise<void> {
-    let rest: LeaseId | undefined;
-    const { kv, log, network, keys, role } = this.#options;
+    const { log, network, keys, role } = this.#options;
     const quarantineS =
       this.#view.get('config', keys.build({ kind: 'config' }))?.value.quarantineS ?? network.quarantineS;
     await this.#each(
       actions,
       ({ why }) => why,
       async ({ why, compares, operations }) => {
-        const real: Operation[] = [];
-        for (const operation of operations) {
-          if (operation.kind !== 'put' || operation.lease !== RESTING_LEASE) real.push(operation);
-          else if (quarantineS === 0) real.push({ kind: 'delete', key: operation.key });
-          else {
-            rest ??= await kv.grant(quarantineS);
-            real.push({ ...operation, lease: rest });
-          }
-        }
-        const { succeeded } = await this.#kv.txn(compares, real);
+        const { succeeded } = await txnWithRest(this.#kv, quarantineS, compares, operations);
         if (succeeded) log.info({ reason: why }, `role ${role} acts`);
         return succeeded; // otherwise the watch will show what changed
       },

@@ -25,6 +25,13 @@ export const CLAIM_CHECK_MS = 60_000;
 export const CLAIM_TRIES_MAX = 16;
 /** A freed address rests this long, so that no peer still holds a flow to its last owner (TCP idle flows: 2 h tuned down to ours). */
 export const QUARANTINE_S = 300;
+/** A lease of resting keys lives longer than they must rest by this part of it, so that what is given back within half
+ *  of that (30 s) shares one: at most 12 such leases of one process live at a time, however much it gives back. */
+export const REST_EXTRA = 0.2;
+/** At least so long: one request takes up to REQUEST_TIMEOUT_MS. */
+export const REST_EXTRA_MIN_S = 4;
+/** Keys on one such lease: etcd deletes all of them in one transaction when it ends. */
+export const REST_KEYS_MAX = 1_000;
 
 /** One request to etcd; a loopback put takes 1 ms, a hung member must not hold a deploy for longer than a person waits. */
 export const REQUEST_TIMEOUT_MS = 2_000;

@@ -43,6 +43,8 @@ import {
   TXN_OPERATIONS_MAX,
   type TxnResult,
 } from '../kv.ts';
+import { SharedLeases } from '../rest.ts';
+import { systemTime } from './time.ts';
 import { type Watch, WatchStream } from './watch.ts';
 
 export interface EtcdCredentials {
@@ -118,6 +120,10 @@ class EtcdKv implements Kv {
   readonly #stream: WatchStream;
   readonly #options: EtcdOptions;
   readonly #timeoutMs: number;
+  readonly #shared = new SharedLeases((ttlS) => this.grant(ttlS), {
+    monotonicMs: () => systemTime.monotonicMs(),
+    wallMs: () => Date.now(),
+  });
   readonly #followers = new Set<EtcdFollower>();
   readonly #reads = retry(handleWhen(isRecoverableError), {
     maxAttempts: 2,
@@ -264,6 +270,10 @@ class EtcdKv implements Kv {
     // A grant that was applied unseen only leaves a lease that nobody renews.
     const response = await this.#read(() => this.#requests.leaseClient.leaseGrant({ TTL: ttlS }));
     return response.ID as LeaseId;
+  }
+
+  grantShared(ttlS: number, ended?: LeaseId): Promise<LeaseId> {
+    return this.#shared.take(ttlS, ended);
   }
 
   async keepAlive(lease: LeaseId): Promise<number> {

@@ -256,6 +256,28 @@ export function kvSuite(name: string, open: () => Promise<KvUnderTest>): void {
     await mirror.follower.close();
   });
 
+  test('grantShared: one lease for many keys, for no longer than it may be, and another once it has ended', async ({
+    kv,
+    under,
+  }) => {
+    const at = fresh();
+    const both = await Promise.all([kv.grantShared(60), kv.grantShared(60)]);
+    assert.is(both[0], both[1]);
+    await kv.txn([], [{ ...put(`${at}a`, '1'), lease: both[0] }]);
+    assert.is.not(await kv.grantShared(59), both[0], 'another time, another lease');
+    const other = under.connect();
+    const [one] = [await other.grantShared(60)];
+    assert.is.not(one, both[0], 'a client shares with itself');
+    await other.revoke(one);
+    const next = await other.grantShared(60, one);
+    assert.is.not(next, one);
+    assert.is(await other.grantShared(60, one), next, 'who met the ended one later gets the same');
+    await other.txn([], [{ ...put(`${at}b`, '1'), lease: next }]);
+    await other.revoke(next);
+    assert.ok(await kv.get(`${at}a`));
+    await other.close();
+  });
+
   test('a put without a lease, or under another, leaves the first lease nothing to delete', async ({
     kv,
   }) => {

@@ -16,6 +16,7 @@ import {
 } from '../../coordinator/claims.ts';
 import type { Kv, LeaseId, TxnResult } from '../../coordinator/kv.ts';
 import { type MemoryKv, MemoryStore } from '../../coordinator/memory.ts';
+import { restExtraS } from '../../coordinator/rest.ts';
 import { formatCidr, formatIpv4, type Ipv4, parseCidr } from '../../src/addr.ts';
 import { EdgewayError, unwrap } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
@@ -300,7 +301,9 @@ test('releaseSubnet lets it rest for others; its last holder takes it up again, 
   assert.is(back.epoch, first.epoch, 'the same holder goes on');
   assert.is(store.revision, revision + 1, 'in one transaction');
   await releaseSubnet(kv, keys, config, owner('n1'), exact);
-  pass(config.quarantineS * 1000 + 1);
+  pass(config.quarantineS * 1000 - 1);
+  await rejectsWith('subnet_taken', () => claimSubnet(kv, keys, config, owner('n2'), { exact }));
+  pass(restExtraS(config.quarantineS) * 1000 + 1);
   assert.equal((await claimSubnet(kv, keys, config, owner('n2'), { exact })).subnet, exact);
 });
 
@@ -620,7 +623,7 @@ test('10,000 random claims and releases by 40 nodes: no address has two owners, 
     assert.is(bases.size, held.size);
     for (const { lease } of held.values()) await kv.keepAlive(lease);
   }
-  pass(small.quarantineS * 1000 + 1);
+  pass((small.quarantineS + restExtraS(small.quarantineS)) * 1000 + 1);
   assert.is((await kv.keys(keys.prefix('subnets'))).length, held.size);
 });
 

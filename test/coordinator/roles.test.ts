@@ -11,6 +11,7 @@ import {
 import type { LeaseId } from '../../coordinator/kv.ts';
 import { type MemoryKv, MemoryStore } from '../../coordinator/memory.ts';
 import { fencedKv } from '../../coordinator/reconcile.ts';
+import { restExtraS } from '../../coordinator/rest.ts';
 import { RoleMachine } from '../../coordinator/role.ts';
 import { type Role, type RunningRoles, startRoles } from '../../coordinator/roles.ts';
 import { formatCidr, overlaps, parseCidr } from '../../src/addr.ts';
@@ -303,7 +304,7 @@ test('role cluster sweeps what nothing owns any more, and leaves alone what it c
   for (const address of [...Object.values(service.addresses), orphan]) assert.ok(await resting(address));
   assert.equal(await kv.keys(keys.prefix('exposed')), []);
   for (const address of Object.values(other.service.addresses)) assert.is(await resting(address), false);
-  await time.advance(config.quarantineS * 1_000 + RECONCILE_INTERVAL_MS);
+  await time.advance((config.quarantineS + restExtraS(config.quarantineS)) * 1_000 + RECONCILE_INTERVAL_MS);
   for (const address of [...Object.values(service.addresses), orphan])
     assert.is(await resting(address), undefined, 'free again');
   assert.ok(logs.of('warn').some(({ key }) => key?.endsWith('a.b.c.d')));
