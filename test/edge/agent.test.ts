@@ -2,141 +2,12 @@
 // gives back when the store goes away, forgets, or somebody deletes what was the agent's.
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { Keyspace } from '../../coordinator/keyspace.ts';
-import type { MemoryKv } from '../../coordinator/memory.ts';
-import { MemoryStore } from '../../coordinator/memory.ts';
-import { Agent, type AgentParts } from '../../edge/agent.ts';
-import { parseConfig } from '../../edge/config.ts';
-import type { Files, PacketLoop } from '../../edge/ports.ts';
-import type { ProxyCommand, ProxyReport } from '../../edge/proxy/command.ts';
-import { RouteFollower } from '../../edge/routes/follow.ts';
 import { EdgewayError } from '../../src/error.ts';
-import { Keys } from '../../src/keys.ts';
-import { SILENT } from '../../src/log.ts';
-import { DEFAULT_NETWORK_CONFIG, encodeHost, encodeNode } from '../../src/records.ts';
+import { DEFAULT_NETWORK_CONFIG as config, encodeHost, encodeNode } from '../../src/records.ts';
 import { CART, descriptor, ip, node } from '../support/sample.ts';
-import { settle, VirtualTime } from '../support/time.ts';
+import { settle } from '../support/time.ts';
+import { deployCart, during, keys, keysOf, start, type World } from './world.ts';
 
-const keys = new Keys();
-const WALL_MS = 1_800_000_000_000;
-
-class FakeHost {
-  readonly attached = new Map<string, string>();
-  refuse: string | undefined;
-  readonly gone = new Set<string>();
-
-  readonly environment: AgentParts['environment'] = {
-    hostRoutes: async () => [],
-    setupNode: async () => {},
-    attachTun: async () => {},
-    cleanNode: async () => this.attached.clear(),
-    expose: async () => [],
-    attach: async ({ id, target }) => {
-      if (this.refuse !== undefined) throw new EdgewayError('host_command_failed', this.refuse);
-      this.attached.set(id, target.kind === 'netns' ? target.name : String(target.pid));
-      return { hostInterface: 'veth', interface: 'eth0' };
-    },
-    detach: async ({ id }) => {
-      if (this.refuse !== undefined) throw new EdgewayError('host_command_failed', this.refuse);
-      this.attached.delete(id);
-    },
-  };
-}
-
-/** What a restart finds again. */
-class FakeFiles implements Files {
-  readonly files = new Map<string, string>();
-  read = async (path: string) => this.files.get(path);
-  write = async (path: string, content: string) => void this.files.set(path, content);
-  writeInPlace = this.write;
-  remove = async (path: string) => void this.files.delete(path);
-}
-
-interface Loop {
-  readonly commands: ProxyCommand[];
-  readonly report: (report: ProxyReport) => void;
-}
-
-interface World {
-  readonly time: VirtualTime;
-  readonly store: MemoryStore;
-  readonly kv: MemoryKv;
-  readonly host: FakeHost;
-  readonly files: FakeFiles;
-  readonly loops: Loop[];
-  readonly agent: Agent;
-}
-
-function start(flags: Record<string, string> = {}, earlier: Partial<World> = {}, nat = false): World {
-  const time = earlier.time ?? new VirtualTime();
-  const store = earlier.store ?? new MemoryStore(() => time.monotonicMs());
-  const files = earlier.files ?? new FakeFiles();
-  const host = new FakeHost();
-  const kv = store.connect();
-  const loops: Loop[] = [];
-  const config = parseConfig(
-    { node: 'n1', register: 'auto', 'data-dir': '/data', 'presence-ttl': '15', ...flags },
-    {},
-    'host',
-    () => '',
-  );
-  const open = (listener: ConstructorParameters<typeof Keyspace>[3]) =>
-    new Keyspace(kv, keys, SILENT, listener);
-  const after = (ms: number, run: () => void) => time.after(ms, run);
-  const routes = new RouteFollower({ keys, open, after });
-  const agent = new Agent({
-    config,
-    nodeIp: ip(config.node === 'n1' ? '10.0.0.1' : '10.0.0.2'),
-    nat,
-    network: DEFAULT_NETWORK_CONFIG,
-    kv,
-    keys,
-    table: routes.table,
-    routes,
-    openAll: () => new RouteFollower({ keys, open, after }),
-    environment: host.environment,
-    stores: [],
-    engine: {
-      inspect: async (name) => {
-        throw new EdgewayError('container_unknown', `no container ${name}`);
-      },
-    },
-    files,
-    clock: { monotonicMs: () => time.monotonicMs(), wallMs: () => WALL_MS + time.monotonicMs() },
-    timers: { after },
-    log: SILENT,
-    random: () => 0.5,
-    nonce: () => 7,
-    vitals: {
-      load: () => 0,
-      identify: (home) => (host.gone.has(home.kind === 'netns' ? home.name : '') ? undefined : 'same'),
-      check: async () => ({ ok: true, detail: '' }),
-    },
-    startLoop: async (_config, report) => {
-      const commands: ProxyCommand[] = [];
-      loops.push({ commands, report });
-      const loop: PacketLoop = {
-        send: (command) => void commands.push(command),
-        counters: () => ({}),
-        flows: () => 0,
-        stop: async () => {},
-      };
-      return loop;
-    },
-    startNames: async () => ({ changed: () => {}, counters: () => ({}), stop: async () => {} }),
-    runtime: 'test',
-    version: '0',
-  });
-  return { time, store, kv, host, files, loops, agent };
-}
-
-const deployCart = (agent: Agent, netns = 'web') =>
-  agent.deploy({ service: CART, instance: 1, target: { kind: 'netns', name: netns }, addresses: {} });
-
-/** Keys below a subtree, of a client that is never cut off. */
-async function keysOf(world: World, subtree: Parameters<Keys['prefix']>[0]): Promise<string[]> {
-  return (await world.store.connect().range(keys.prefix(subtree))).entries.map((entry) => entry.key);
-}
 /** Instances that the packet loop was last told of. */
 function routesTold({ loops }: World): unknown {
   const told = loops[0]!.commands.filter((command) => command.kind === 'service').at(-1);
@@ -144,13 +15,6 @@ function routesTold({ loops }: World): unknown {
 }
 const everything = async (world: World): Promise<string[]> =>
   (await world.store.connect().range('/edgeway/')).entries.map(({ key }) => key);
-
-/** A promise whose timers are the virtual ones. */
-async function during<T>(world: World, work: Promise<T>, ms = 20_000): Promise<T> {
-  work.catch(() => {});
-  await world.time.advance(ms);
-  return work;
-}
 
 test('Agent: a deploy that the host refuses leaves nothing in the keyspace', async () => {
   const world = start();
@@ -164,7 +28,7 @@ test('Agent: a deploy that the host refuses leaves nothing in the keyspace', asy
 });
 
 test('Agent: a node behind a NAT says so in its record', async () => {
-  const world = start({}, {}, true);
+  const world = start({}, {}, { nat: true });
   await during(world, world.agent.restore());
   const key = keys.build({ kind: 'node', cluster: 'default', node: 'n1' });
   assert.match((await world.store.connect().get(key))!.value, '"nat":true');
@@ -301,14 +165,13 @@ test('Agent: a subnet claim that somebody deleted is noticed within two minutes'
 });
 
 test('Agent: a node whose id passed to another host while etcd was away does not publish what it held', async () => {
-  const world = start();
+  const world = start({}, {}, { network: { ...config, tenureTtlS: 3_600 } });
   await during(world, world.agent.restore());
   await during(world, deployCart(world.agent));
   world.kv.partitioned = true;
-  for (let h = 0; h < 25; h++) {
-    await world.time.advance(3_600_000);
-    world.store.expire();
-  }
+  await world.time.advance(3_700_000);
+  world.store.expire();
+  assert.equal(await keysOf(world, 'subnets'), []);
   const other = node('n1', 9, { cluster: 'default', nodeIp: ip('10.0.0.99') });
   const puts = [
     [keys.build({ kind: 'host', node: 'n1' }), encodeHost({ cluster: 'default', nodeIp: other.nodeIp })],

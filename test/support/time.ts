@@ -18,8 +18,10 @@ export class VirtualTime implements Time {
   /** Runs every timer that falls due, in order, letting what it started settle. */
   async advance(ms: number): Promise<void> {
     const end = this.#now + ms;
+    await settle();
     for (;;) {
-      await settle();
+      // Nothing here waits for the world: one turn of the event loop drains every promise that a timer moved.
+      await new Promise((resolve) => setImmediate(resolve));
       const next = this.#timers.reduce<{ atMs: number; run: () => void } | undefined>(
         (first, timer) => (timer.atMs <= end && (!first || timer.atMs < first.atMs) ? timer : first),
         undefined,
@@ -31,6 +33,42 @@ export class VirtualTime implements Time {
     }
     this.#now = end;
     await settle();
+  }
+}
+
+/**
+ * What a host takes for time: a monotonic clock that runs at `rate` beside the true one, and one for the date, which may
+ * be set. Timers that run keep the rate they were armed with.
+ */
+export class HostClock implements Time {
+  readonly #time: VirtualTime;
+  #rate = 1;
+  #sinceMs = 0;
+  #monotonicMs = 0;
+  #offsetMs: number;
+
+  constructor(time: VirtualTime, dateMs = 1_800_000_000_000) {
+    this.#time = time;
+    this.#sinceMs = time.monotonicMs();
+    this.#offsetMs = dateMs;
+  }
+
+  set rate(rate: number) {
+    this.#monotonicMs = this.monotonicMs();
+    this.#sinceMs = this.#time.monotonicMs();
+    this.#rate = rate;
+  }
+  /** As a time server does that finds the date wrong. */
+  step(ms: number): void {
+    this.#offsetMs += ms;
+  }
+
+  readonly monotonicMs = (): number =>
+    this.#monotonicMs + (this.#time.monotonicMs() - this.#sinceMs) * this.#rate;
+  readonly wallMs = (): number => this.#offsetMs + this.monotonicMs();
+  after(ms: number, run: () => void): () => void {
+    // Whole milliseconds: what is due must be due by this clock, too.
+    return this.#time.after(Math.ceil(ms / this.#rate), run);
   }
 }
 
