@@ -1,7 +1,7 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import type { LeaseId } from '../../coordinator/kv.ts';
-import { keepLease, LeaseMachine } from '../../coordinator/lease.ts';
+import { keepLease, type LeaseKeeper, LeaseMachine, type LeaseOptions } from '../../coordinator/lease.ts';
 import { MemoryStore } from '../../coordinator/memory.ts';
 import { EdgewayError } from '../../src/error.ts';
 import { SILENT } from '../../src/log.ts';
@@ -91,29 +91,32 @@ test('LeaseMachine asks again within seconds and renews within minutes, however 
   assert.equal(machine.deadline(), { atMs: 614_000, why: 'renew' });
 });
 
-interface World {
-  time: VirtualTime;
-  store: MemoryStore;
-  held: LeaseId[];
-  lost: string[];
-}
-function world(): World {
+function world() {
   const time = new VirtualTime();
-  return { time, store: new MemoryStore(() => time.monotonicMs()), held: [], lost: [] };
+  const store = new MemoryStore(() => time.monotonicMs());
+  return { time, store, kv: store.connect(), held: [] as LeaseId[], lost: [] as string[] };
+}
+
+/** Keeps a lease of 15 s in that world and notes what it is told. `onHeld` comes after the note. */
+function keep(
+  { time, kv, held, lost }: ReturnType<typeof world>,
+  { onHeld, ...more }: Partial<LeaseOptions> = {},
+): LeaseKeeper {
+  return keepLease({
+    ...{ kv, ttlS: 15, time, random: () => 0.5, log: SILENT },
+    onHeld: (lease) => {
+      held.push(lease);
+      return onHeld?.(lease);
+    },
+    onLost: (_, cause) => void lost.push(cause),
+    ...more,
+  });
 }
 
 test('keepLease holds one lease through a short outage and renews it 0.2 times a second', async () => {
-  const { time, store, held, lost } = world();
-  const kv = store.connect();
-  const keeper = keepLease({
-    kv,
-    ttlS: 15,
-    time,
-    random: () => 0.5,
-    log: SILENT,
-    onHeld: (lease) => void held.push(lease),
-    onLost: (_, cause) => void lost.push(cause),
-  });
+  const here = world();
+  const { time, kv, held, lost } = here;
+  const keeper = keep(here);
   await time.advance(60_000);
   kv.partitioned = true;
   await time.advance(8_000);
@@ -128,18 +131,12 @@ test('keepLease holds one lease through a short outage and renews it 0.2 times a
 });
 
 test('keepLease says that the lease is lost before the store ends it, and publishes under the next one', async () => {
-  const { time, store, held, lost } = world();
-  const kv = store.connect();
+  const here = world();
+  const { time, store, kv, held, lost } = here;
   const other = store.connect();
   let lostAtMs = 0;
-  const keeper = keepLease({
-    kv,
-    ttlS: 15,
-    time,
-    random: () => 0.5,
-    log: SILENT,
+  const keeper = keep(here, {
     onHeld: async (lease) => {
-      held.push(lease);
       await kv.txn([], [{ kind: 'put', key: '/nodes/n1', value: 'here', lease }]);
     },
     onLost: (_, cause) => {
@@ -166,19 +163,9 @@ test('keepLease says that the lease is lost before the store ends it, and publis
 });
 
 test('keepLease replaces a lease that a write found ended, and resumes an earlier one that still lives', async () => {
-  const { time, store, held } = world();
-  const kv = store.connect();
-  const make = (resume?: LeaseId) =>
-    keepLease({
-      kv,
-      ttlS: 15,
-      time,
-      random: () => 0.5,
-      log: SILENT,
-      ...(resume === undefined ? {} : { resume }),
-      onHeld: (lease) => void held.push(lease),
-    });
-  const first = make();
+  const here = world();
+  const { time, kv, held } = here;
+  const first = keep(here);
   await settle();
   await kv.revoke(held[0]!);
   await time.advance(1_000);
@@ -186,11 +173,11 @@ test('keepLease replaces a lease that a write found ended, and resumes an earlie
   await settle();
   assert.is(held.length, 2);
   await first.stop(false);
-  const second = make(held[1]);
+  const second = keep(here, { resume: held[1]! });
   await settle();
   assert.is(second.lease, held[1]);
   await second.stop(true);
-  const third = make(held[1]);
+  const third = keep(here, { resume: held[1]! });
   await settle();
   assert.is.not(third.lease, held[1]);
   assert.is(await third.held(1_000), third.lease);
@@ -198,21 +185,14 @@ test('keepLease replaces a lease that a write found ended, and resumes an earlie
 });
 
 test('keepLease publishes until it succeeds, under the lease that is held', async () => {
-  const { time, store, held, lost } = world();
-  const kv = store.connect();
+  const here = world();
+  const { time, kv, held, lost } = here;
   let refusals = 3;
-  const keeper = keepLease({
-    kv,
-    ttlS: 15,
-    time,
-    random: () => 0.5,
-    log: SILENT,
+  const keeper = keep(here, {
     onHeld: async (lease) => {
-      held.push(lease);
       if (refusals-- > 0) throw new EdgewayError('coordination_unavailable', 'etcd does not answer');
       await kv.txn([], [{ kind: 'put', key: '/nodes/n1', value: 'here', lease }]);
     },
-    onLost: (_, cause) => void lost.push(cause),
   });
   await time.advance(4_000);
   assert.is(held.length, 4);
@@ -225,16 +205,10 @@ test('keepLease publishes until it succeeds, under the lease that is held', asyn
 });
 
 test('keepLease publishes again when publishing itself met lease_lost', async () => {
-  const { time, store, held } = world();
-  const kv = store.connect();
-  const keeper = keepLease({
-    kv,
-    ttlS: 15,
-    time,
-    random: () => 0.5,
-    log: SILENT,
+  const here = world();
+  const { time, kv, held } = here;
+  const keeper = keep(here, {
     onHeld: async (lease) => {
-      held.push(lease);
       if (held.length === 1) await kv.revoke(lease);
       await kv.txn([], [{ kind: 'put', key: '/x', value: '', lease }]);
     },
