@@ -503,8 +503,10 @@ export class Lab {
     this.#save();
   }
 
-  async startEtcd(): Promise<void> {
+  /** `loopback`: where no host reaches it. */
+  async startEtcd({ loopback = false } = {}): Promise<void> {
     const url = `http://${this.etcd}`;
+    const local = 'http://127.0.0.1:2379';
     const log = join(this.dir, 'etcd.log');
     const etcd = this.spawn(
       this.switch,
@@ -512,7 +514,7 @@ export class Lab {
       [
         'etcd', '--name', 'lab',
         '--data-dir', join(this.dir, 'etcd'),
-        '--listen-client-urls', `${url},http://127.0.0.1:2379`,
+        '--listen-client-urls', loopback ? local : `${url},${local}`,
         '--advertise-client-urls', url,
         '--listen-peer-urls', 'http://127.0.0.1:2380',
         '--initial-advertise-peer-urls', 'http://127.0.0.1:2380',

@@ -4,6 +4,7 @@
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
+import { isDeepStrictEqual } from 'node:util';
 import { suite } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Lab, type Runtime, until } from '../../scripts/lab.ts';
@@ -12,6 +13,7 @@ const runtime: Runtime = process.versions['deno'] === undefined ? 'node' : 'deno
 const test = suite('etcd away');
 const SERVICE = 'shop.prod.cart.v1';
 const CLIENT = 'shop.prod.client.v1';
+const ROOT = '/edgeway/v1/';
 const PORT = 8123;
 const PRESENCE_S = 4;
 
@@ -51,6 +53,51 @@ async function killEtcd(): Promise<void> {
   });
 }
 
+type Json = Record<string, unknown>;
+
+/** Every record, read from etcd itself. */
+async function stored(): Promise<Map<string, Json>> {
+  const listed = JSON.parse(await lab.etcdctl('get', '--prefix', ROOT, '-w', 'json')) as {
+    kvs: { key: string; value: string }[];
+  };
+  const text = (base64: string): string => Buffer.from(base64, 'base64').toString();
+  return new Map(listed.kvs.map(({ key, value }) => [text(key), JSON.parse(text(value)) as Json]));
+}
+
+/** The whole table of a node, as it keeps it on disk, and what etcd holds of the same services and their nodes. */
+async function tableAndStore(index: number): Promise<{ table: Json; store: Json }> {
+  const file = readFileSync(join(lab.dir, lab.node(index).name, 'routes.json'), 'utf8');
+  const { records: table } = JSON.parse(file) as { records: Json };
+  const partsOf = (key: string): string[] => key.slice(ROOT.length).split('/');
+  const routed = (key: string): boolean => ['services', 'instances'].includes(partsOf(key)[0]!);
+  const services = new Set(
+    Object.keys(table)
+      .filter(routed)
+      .map((key) => partsOf(key)[1]),
+  );
+  const all = await stored();
+  const store: Json = {};
+  for (const [key, value] of all) if (routed(key) && services.has(partsOf(key)[1])) store[key] = value;
+  for (const [key, { node, cluster }] of Object.entries(store) as [string, Json][]) {
+    const home = `${ROOT}nodes/${cluster}/${node}`;
+    if (partsOf(key)[0] === 'instances' && all.has(home)) store[home] = all.get(home);
+  }
+  return { table, store };
+}
+
+/** An instance of the client on a host that has no agent, as a person or a program of somebody else's writes it. */
+async function writeByHand(number: number, host: string, octet: number): Promise<void> {
+  const all = await stored();
+  const place = { node: host, nodeIp: `192.0.2.${octet}` };
+  const record = { ...all.get(`${ROOT}nodes/default/n2`), ...place, subnet: `172.20.${octet}.0/26` };
+  const instance = {
+    ...all.get(`${ROOT}instances/${CLIENT}/1`),
+    ...{ ...place, instance: number, namespaceIp: `172.20.${octet}.2`, instanceIp: `172.30.200.${octet}` },
+  };
+  await lab.etcdctl('put', `${ROOT}nodes/default/${host}`, '--', JSON.stringify(record));
+  await lab.etcdctl('put', `${ROOT}instances/${CLIENT}/${number}`, '--', JSON.stringify(instance));
+}
+
 async function status(index: number): Promise<Record<string, unknown>> {
   return (await lab.api(index, 'GET', '/api/v1/status')).body as Record<string, unknown>;
 }
@@ -85,13 +132,15 @@ test.before(async () => {
     assert.is(attached.status, 200, `${JSON.stringify(attached.body)}\n${lab.tail(lab.node(index))}`);
   }
   await until('the client reaches cart', 15_000, () => reaches(`${SERVICE}.any.roundrobin.local`));
+  await writeByHand(8, 'x8', 8);
   // What a restart needs is on disk.
   await until('the routes are saved', 10_000, async () => {
     for (const node of lab.nodes) {
       const files = readdirSync(join(lab.dir, node.name));
       if (!files.includes('routes.json')) return undefined;
     }
-    return readFileSync(join(lab.dir, 'n2', 'routes.json'), 'utf8').includes(`/instances/${SERVICE}/1`)
+    const saved = readFileSync(join(lab.dir, 'n2', 'routes.json'), 'utf8');
+    return [`${SERVICE}/1`, `${CLIENT}/8`].every((key) => saved.includes(`/instances/${key}`))
       ? true
       : undefined;
   });
@@ -117,8 +166,17 @@ test('agents killed and started without etcd serve from disk; the client connect
   assert.is(refusal.status, 503, 'only new claims wait');
 });
 
-test('etcd back: within 10 s it shows what goes on, with the same addresses', async () => {
+test('etcd back after another client changed it: within 10 s it shows what goes on, and the tables are etcd’s', async () => {
   const before = readFileSync(join(lab.dir, 'n1', 'agent.json'), 'utf8');
+  // For the agents it is still away.
+  await lab.startEtcd({ loopback: true });
+  const service = { ...(await stored()).get(`${ROOT}services/${SERVICE}`), ports: [PORT, 9_999] };
+  await lab.etcdctl('put', `${ROOT}services/${SERVICE}`, '--', JSON.stringify(service));
+  await writeByHand(9, 'x9', 9);
+  await lab.etcdctl('del', `${ROOT}instances/${CLIENT}/8`);
+  await lab.etcdctl('del', `${ROOT}nodes/default/x8`);
+  assert.is((await status(2))['etcd'], 'away');
+  await killEtcd();
   await lab.startEtcd();
   const since = performance.now();
   await until('both nodes and both instances are published', 20_000, async () => {
@@ -131,8 +189,20 @@ test('etcd back: within 10 s it shows what goes on, with the same addresses', as
     ];
     return published.every((key) => keys.includes(key)) ? true : undefined;
   });
+  let seen: { table: Json; store: Json }[] = [];
+  await until('every record of both tables', 20_000, async () => {
+    seen = [await tableAndStore(1), await tableAndStore(2)];
+    return seen.every(({ table, store }) => isDeepStrictEqual(table, store)) ? true : undefined;
+  }).catch(() => {
+    for (const { table, store } of seen) assert.equal(table, store);
+  });
   const ms = performance.now() - since;
   assert.ok(ms < 10_000, `${ms} ms`);
+  const table = seen[1]?.table ?? {};
+  assert.equal((table[`${ROOT}services/${SERVICE}`] as Json)['ports'], [PORT, 9_999]);
+  assert.is((table[`${ROOT}instances/${CLIENT}/9`] as Json)['node'], 'x9');
+  assert.is((table[`${ROOT}nodes/default/x9`] as Json)['nodeIp'], '192.0.2.9');
+  assert.not.ok(JSON.stringify(table).includes('x8'));
   assert.equal(await asks(`${SERVICE}.any.roundrobin.local`, 1), ['cart-1']);
   const state = (text: string) => {
     const { subnet, hosted, claim } = JSON.parse(text);
