@@ -32,6 +32,8 @@ export class Calls {
   readonly #parts: CallsParts;
   /** Whom this node calls, and under which lease it was written. */
   readonly #called = new Map<string, LeaseId>();
+  /** What was last written in full: the table's `hiddenChanges` of then, and the lease. */
+  #written: { readonly changes: number; readonly lease: LeaseId | undefined } | undefined;
   #stale = false;
   #running = false;
   #stopped = false;
@@ -98,13 +100,17 @@ export class Calls {
     }
   }
 
-  /** Brings the keyspace in step with whom this node has to call. */
+  /** Brings the keyspace in step with whom this node has to call. Most route changes change nothing of that, and every
+   *  one of a whole platform comes here: those are told apart without a look at any node. */
   async #write(): Promise<void> {
-    const { kv, keys, node: caller, cluster, presence } = this.#parts;
+    const { kv, keys, node: caller, cluster, presence, routes } = this.#parts;
+    const { hidden, hiddenChanges: changes } = routes.table;
+    const some = hidden.size > (hidden.has(caller) ? 1 : 0);
+    const lease = some ? await presence.held(READ_YOUR_WRITES_MS) : undefined;
+    if (this.#written?.changes === changes && this.#written.lease === lease) return;
     const wanted = this.#wanted();
     const keyOf = (node: string): string => keys.build({ kind: 'call', node, caller });
     const value = encodeCall({ cluster });
-    const lease = wanted.size === 0 ? undefined : await presence.held(READ_YOUR_WRITES_MS);
     const changed = [...new Set([...this.#called.keys(), ...wanted])].filter((node) =>
       wanted.has(node) ? this.#called.get(node) !== lease : true,
     );
@@ -121,18 +127,22 @@ export class Calls {
         if (lease !== undefined && wanted.has(node)) this.#called.set(node, lease);
         else this.#called.delete(node);
     }
+    this.#written = { changes, lease };
   }
 
   /** Nodes behind NATs that have instances; of too many, those that are called already come first. */
   #wanted(): ReadonlySet<string> {
     const { routes, node: self } = this.#parts;
-    const hidden = new Set<string>();
-    for (const { node, nat } of routes.table.nodes()) if (nat === true && node !== self) hidden.add(node);
+    const { hidden } = routes.table;
     const wanted = new Set<string>();
-    if (hidden.size > 0)
-      for (const { node } of routes.table.instances()) if (hidden.has(node)) wanted.add(node);
-    if (wanted.size <= CALLS_MAX) return wanted;
-    const called = [...this.#called.keys()].filter((node) => wanted.has(node));
-    return new Set([...new Set([...called, ...wanted])].slice(0, CALLS_MAX));
+    const want = (nodes: Iterable<string>): void => {
+      for (const node of nodes) {
+        if (wanted.size === CALLS_MAX) return;
+        if (node !== self && hidden.has(node)) wanted.add(node);
+      }
+    };
+    if (hidden.size > CALLS_MAX) want(this.#called.keys());
+    want(hidden);
+    return wanted;
   }
 }

@@ -32,6 +32,11 @@ export class RouteTable implements NameTable {
   readonly #services = new Map<ServiceId, Service>();
   readonly #instances = new Map<ServiceId, Map<number, Instance>>();
   readonly #nodes = new Map<string, Node>();
+  /** Instances on each node that has some. */
+  readonly #loads = new Map<string, number>();
+  readonly #hidden = new Set<string>();
+  /** Grows whenever `hidden` changes. */
+  hiddenChanges = 0;
   readonly #names = new Map<Ipv4, Name>();
   /** Who lists an address that answers to another, in the order they came. */
   readonly #waiting = new Map<Ipv4, Name[]>();
@@ -58,6 +63,10 @@ export class RouteTable implements NameTable {
   }
   nodes(): IterableIterator<Node> {
     return this.#nodes.values();
+  }
+  /** Nodes that a NAT hides and that have instances. */
+  get hidden(): ReadonlySet<string> {
+    return this.#hidden;
   }
   nameOf(address: Ipv4): Name | undefined {
     return this.#names.get(address);
@@ -86,6 +95,10 @@ export class RouteTable implements NameTable {
     }
     const old = byNumber.get(number);
     byNumber.set(number, instance);
+    if (old?.node !== instance.node) {
+      this.#load(instance.node, 1);
+      if (old !== undefined) this.#load(old.node, -1);
+    }
     const name: Name = { service, instance: number };
     this.#move(old?.instanceIp, instance.instanceIp, name);
     this.#move(old?.namespaceIp, instance.namespaceIp, name);
@@ -95,6 +108,7 @@ export class RouteTable implements NameTable {
     const old = byNumber?.get(number);
     if (byNumber === undefined || old === undefined) return;
     byNumber.delete(number);
+    this.#load(old.node, -1);
     if (byNumber.size === 0) this.#instances.delete(id);
     const name: Name = { service: id, instance: number };
     this.#move(old.instanceIp, undefined, name);
@@ -103,9 +117,11 @@ export class RouteTable implements NameTable {
 
   putNode(node: Node): void {
     this.#nodes.set(node.node, node);
+    this.#judge(node.node);
   }
   deleteNode(id: string): void {
     this.#nodes.delete(id);
+    this.#judge(id);
   }
 
   /** Services that got an address since the last call because another one let it go: their routes changed, too. */
@@ -113,6 +129,21 @@ export class RouteTable implements NameTable {
     const heirs = this.#heirs;
     if (heirs.size > 0) this.#heirs = new Set();
     return heirs;
+  }
+
+  #load(node: string, by: 1 | -1): void {
+    const load = (this.#loads.get(node) ?? 0) + by;
+    if (load > 0) this.#loads.set(node, load);
+    else this.#loads.delete(node);
+    this.#judge(node);
+  }
+
+  #judge(node: string): void {
+    const hidden = this.#nodes.get(node)?.nat === true && this.#loads.has(node);
+    if (hidden === this.#hidden.has(node)) return;
+    if (hidden) this.#hidden.add(node);
+    else this.#hidden.delete(node);
+    this.hiddenChanges++;
   }
 
   #move(from: Ipv4 | undefined, to: Ipv4 | undefined, name: Name): void {

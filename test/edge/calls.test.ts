@@ -9,11 +9,13 @@ import { Calls } from '../../edge/calls.ts';
 import type { ProxyCommand } from '../../edge/proxy/command.ts';
 import { RouteFollower } from '../../edge/routes/follow.ts';
 import { decodeSnapshot, encodeSnapshot, type Snapshot } from '../../edge/routes/snapshot.ts';
+import { RouteTable } from '../../edge/routes/table.ts';
 import { EdgewayError, unwrap } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
+import { CALLS_MAX } from '../../src/limits.ts';
 import { SILENT } from '../../src/log.ts';
 import { DEFAULT_NETWORK_CONFIG as config } from '../../src/records.ts';
-import { CART, instance, node } from '../support/sample.ts';
+import { CART, instance, node, sid } from '../support/sample.ts';
 import { settle, VirtualTime } from '../support/time.ts';
 
 const keys = new Keys();
@@ -162,6 +164,80 @@ test('Calls: what a restart read of a caller whose call has ended is not kept', 
     [...again.routes.table.nodes()].map(({ node }) => node),
     ['n2'],
   );
+});
+
+/** A table that counts how often somebody looks at a node or an instance of it. */
+class CountedTable extends RouteTable {
+  looked = 0;
+
+  *#counted<T>(values: Iterable<T>): IterableIterator<T> {
+    for (const value of values) {
+      this.looked++;
+      yield value;
+    }
+  }
+  override nodes() {
+    return this.#counted(super.nodes());
+  }
+  override instances() {
+    return this.#counted(super.instances());
+  }
+  override get hidden(): ReadonlySet<string> {
+    const hidden = super.hidden;
+    const iterate = () => this.#counted(hidden);
+    return new Proxy(hidden, {
+      get: (target, name) => {
+        if (name === Symbol.iterator) return iterate;
+        if (name === 'has') this.looked++;
+        const value: unknown = Reflect.get(target, name, target);
+        return typeof value === 'function' ? value.bind(target) : value;
+      },
+    });
+  }
+}
+
+test('Calls: among 15,360 nodes a route change that is no call’s looks at none of them, one that is at those called', async () => {
+  const time = new VirtualTime();
+  const kv = new MemoryStore(() => time.monotonicMs()).connect();
+  const table = new CountedTable();
+  const hosts = Array.from({ length: 15_360 }, (_, i) => node(`n${i}`, i, i % 3 === 0 ? { nat: true } : {}));
+  for (const [i, host] of hosts.entries()) {
+    table.putNode(host);
+    table.putInstance(instance(host, sid(`a.b.c${i % 3_000}.d`), 1 + Math.floor(i / 3_000)));
+  }
+  const lease = await kv.grant(LONG_S);
+  const calls = new Calls({
+    ...{ kv, keys, node: 'n0', cluster: 'lab', log: SILENT },
+    routes: { table, callers: () => new Map<string, string>().keys() },
+    presence: { held: async () => lease },
+    send: () => {},
+    timers: { after: (ms, run) => time.after(ms, run) },
+  });
+  const looks = async (change: () => void): Promise<number> => {
+    change();
+    table.looked = 0;
+    calls.update();
+    await settle();
+    return table.looked;
+  };
+  const called = async (): Promise<Set<string>> => new Set(await kv.keys(keys.prefix('calls')));
+  const callTo = (id: string): string => keys.build({ kind: 'call', node: id, caller: 'n0' });
+  await looks(() => {});
+  const first = await called();
+  assert.is(first.size, CALLS_MAX);
+  assert.not.ok(first.has(callTo('n0')), 'nobody calls itself');
+  for (let i = 0; i < 100; i++) {
+    const host = hosts[i * 3 + 1]!;
+    assert.ok((await looks(() => table.putInstance(instance(host, CART, i + 1)))) <= 1);
+    assert.ok((await looks(() => table.putNode({ ...host, nsp: i }))) <= 1);
+  }
+  const ended = [...first][0]!.split('/').at(-2)!;
+  assert.ok((await looks(() => table.deleteNode(ended))) <= 4 * CALLS_MAX);
+  const second = await called();
+  assert.is(second.size, CALLS_MAX, 'another one has its place');
+  assert.not.ok(second.has(callTo(ended)));
+  assert.is([...second].filter((key) => first.has(key)).length, CALLS_MAX - 1, 'those called stay');
+  calls.stop();
 });
 
 test.run();

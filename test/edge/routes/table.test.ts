@@ -6,6 +6,7 @@ import { applyBatch } from '../../../edge/routes/follow.ts';
 import { RouteTable } from '../../../edge/routes/table.ts';
 import type { Service } from '../../../src/model.ts';
 import type { ServiceId } from '../../../src/name.ts';
+import { Rng } from '../../../src/rng.ts';
 import { CART, descriptor, instance, ip, node, sid } from '../../support/sample.ts';
 
 const THIEF = sid('shop.prod.thief.v1');
@@ -72,6 +73,31 @@ test('an instance that lists a ServiceIP or another’s InstanceIP takes nothing
   assert.is(command.kind === 'service' && command.instances.length, 0);
   table.deleteInstance(THIEF, 1);
   assert.equal(table.nameOf(mine), { service: CART, instance: 1 });
+});
+
+test('hidden is what a walk over all nodes and instances finds, whatever came in which order', () => {
+  const table = new RouteTable();
+  const rng = new Rng(5, 1);
+  let changes = 0;
+  for (let step = 0; step < 5_000; step++) {
+    const before = [...table.hidden].sort();
+    const id = `n${rng.below(12)}`;
+    const service = [CART, THIEF][rng.below(2)]!;
+    const number = 1 + rng.below(5);
+    if (rng.below(3) > 0) {
+      const host = node(id, 1 + rng.below(20), rng.below(2) === 0 ? { nat: true } : {});
+      if (rng.below(2) === 0) table.putNode(host);
+      else table.putInstance(instance(host, service, number));
+    } else if (rng.below(2) === 0) table.deleteNode(id);
+    else table.deleteInstance(service, number);
+    const homes = new Set([...table.instances()].map((one) => one.node));
+    const nodes = [...table.nodes()].filter(({ node: name, nat }) => nat === true && homes.has(name));
+    const expected = nodes.map(({ node: name }) => name).sort();
+    assert.equal([...table.hidden].sort(), expected);
+    const changed = JSON.stringify(before) !== JSON.stringify(expected);
+    assert.is(table.hiddenChanges > changes, changed);
+    changes = table.hiddenChanges;
+  }
 });
 
 test.run();
