@@ -322,7 +322,7 @@ class EtcdKv implements Kv {
     if (cluster === this.#cluster || generation !== this.#generation || this.#closed) return;
     const before = this.#cluster;
     // With endpoints of two clusters ids alternate: within the pause the change stays news.
-    if (before !== undefined && performance.now() - this.#replacedMs < RESYNC_PAUSE_CAP_MS) return;
+    if (before !== undefined && systemTime.monotonicMs() - this.#replacedMs < RESYNC_PAUSE_CAP_MS) return;
     this.#cluster = cluster;
     if (before === undefined) return;
     const move = `etcd cluster ${hex(cluster)} answers where ${hex(before)} did`;
@@ -330,7 +330,7 @@ class EtcdKv implements Kv {
       this.#options.log.warn({ reason: move }, 'another etcd answers; listing everything again');
     this.#moves.add(move);
     this.#generation++;
-    this.#replacedMs = performance.now();
+    this.#replacedMs = systemTime.monotonicMs();
     const old = [this.#requests, this.#watches];
     [this.#requests, this.#watches] = this.#connect();
     this.#stream.reset(move);
@@ -338,8 +338,8 @@ class EtcdKv implements Kv {
   }
 
   #connect(): [requests: Etcd3, watches: Etcd3] {
-    // gRPC shares one connection between channels of equal options, closed ones among them: the number, which means
-    // nothing to it, keeps a generation from the connections of the one before, the pool watches from requests.
+    // gRPC shares one connection between channels of equal options, closed ones among them. A number that means nothing
+    // to it keeps clients from the connections of those they replace, and a pool of their own keeps watches from requests.
     const grpcOptions = { ...GRPC_OPTIONS, 'edgeway.generation': this.#generation };
     return [
       new Etcd3({ ...this.#base, grpcOptions }),
