@@ -1196,6 +1196,20 @@ export class Agent implements NodeControl {
     return undefined;
   }
 
+  /**
+   * A name of the service is asked for here, by nobody in particular when the node itself asks. As `ask` of the routes;
+   * and who asks for what there is may be about to use it.
+   */
+  asked(service: ServiceId, asker?: Ipv4): Promise<boolean> | undefined {
+    const told = this.#parts.routes.ask(service, asker);
+    const expect = (): void => {
+      if (asker !== undefined) this.#registered?.steering.expect(service, asker);
+    };
+    if (told === undefined) expect();
+    else void told.then((isTold) => isTold && expect());
+    return told;
+  }
+
   #loopReported(report: ProxyReport): void {
     this.#registered?.steering.report(report);
     if (report.kind === 'notice') this.#log.warn({ reason: report.text }, 'the packet loop goes on without');

@@ -16,6 +16,8 @@ const TOLERANCE = 0.02;
 /** A service that was used, or that an instance here needs, is warm for so long: its nodes are watched and its
  *  weights follow them. The others are weighed when their routes change, and then in rotation. */
 export const WARM_MS = 600_000;
+/** A service whose name was asked for is warm for so long: what is measured then stands longer (RTT_FRESH_MS). */
+export const EXPECTED_MS = 30_000;
 /** Cold services weighed per round: 10,000 of them take 50 s. */
 const COLD_PER_ROUND = 100;
 
@@ -60,7 +62,10 @@ interface Entry {
   /** Instances elsewhere that are down. */
   readonly down: Set<number>;
   readonly weigher: Weigher;
+  /** By use or need. */
   warmUntil: number;
+  /** By a question about its name. */
+  expectedUntil: number;
   sent: Weights | undefined;
   last: Weights | undefined;
 }
@@ -96,6 +101,7 @@ export class Balancer {
         down: new Set(),
         weigher: new Weigher(),
         warmUntil: Number.NEGATIVE_INFINITY,
+        expectedUntil: Number.NEGATIVE_INFINITY,
         sent: undefined,
         last: undefined,
       };
@@ -129,12 +135,27 @@ export class Balancer {
     return cold;
   }
 
-  /** Per warm service the nodes that host it, this one left out: what the prober follows. */
+  /** Somebody asked for its name and may soon use it. */
+  expect(service: ServiceId, nowMs: number): void {
+    const entry = this.#services.get(service);
+    if (entry !== undefined) entry.expectedUntil = nowMs + EXPECTED_MS;
+  }
+
+  /** Known, and neither used, needed nor expected. */
+  isCold(service: ServiceId, nowMs: number): boolean {
+    const entry = this.#services.get(service);
+    return entry !== undefined && !isWarm(entry, nowMs);
+  }
+
+  /** Per warm service the nodes that host it, this one left out: what the prober follows. Those that are only expected
+   *  come last: they take no watch from what is used. */
   followed(nowMs: number): Map<ServiceId, readonly string[]> {
     const result = new Map<ServiceId, readonly string[]>();
-    for (const [service, { members, warmUntil }] of this.#services)
-      if (warmUntil > nowMs)
-        result.set(service, [...new Set(members.filter((m) => !m.local).map((m) => m.node))]);
+    const nodesOf = ({ members }: Entry) => [...new Set(members.filter((m) => !m.local).map((m) => m.node))];
+    for (const [service, entry] of this.#services)
+      if (entry.warmUntil > nowMs) result.set(service, nodesOf(entry));
+    for (const [service, entry] of this.#services)
+      if (entry.warmUntil <= nowMs && isWarm(entry, nowMs)) result.set(service, nodesOf(entry));
     return result;
   }
 
@@ -151,7 +172,7 @@ export class Balancer {
   /** A node's status has changed. */
   reweigh(nowMs: number): void {
     for (const [service, entry] of this.#services)
-      if (entry.warmUntil > nowMs) this.#reweigh(service, entry, nowMs);
+      if (isWarm(entry, nowMs)) this.#reweigh(service, entry, nowMs);
   }
 
   /** Says all weights again, to a reader that knows none. */
@@ -174,7 +195,7 @@ export class Balancer {
       }
       if (next.done) return;
       const [service, entry] = next.value;
-      if (entry.warmUntil <= nowMs) this.#reweigh(service, entry, nowMs);
+      if (!isWarm(entry, nowMs)) this.#reweigh(service, entry, nowMs);
     }
   }
 
@@ -286,4 +307,8 @@ export class Balancer {
       reason: down ? 'its node says that it is dead or unhealthy' : `node ${view.status}, ${ago}`,
     };
   }
+}
+
+function isWarm({ warmUntil, expectedUntil }: Entry, nowMs: number): boolean {
+  return warmUntil > nowMs || expectedUntil > nowMs;
 }

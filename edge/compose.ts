@@ -160,7 +160,7 @@ async function start(
     stateDir: config.dataDir,
   });
   const stores = await addressesOf(endpoints, log);
-  const agent = new Agent({
+  const agent: Agent = new Agent({
     config,
     nodeIp: underlay.address,
     nat: underlay.nat,
@@ -193,7 +193,7 @@ async function start(
     startNames: (subnet, needsOf, network) =>
       startNames({
         ...{ config, table, log, subnet, needsOf, network },
-        onLookup: (service, source) => routes.ask(service, source),
+        onLookup: (service, source) => agent.asked(service, source),
         onAddress: (address, source) => routes.askAddress(address, source),
       }),
     runtime: runtimeName(),

@@ -56,6 +56,8 @@ export const RTT_FRESH_MS = 600_000;
 export const LOAD_FRESH_MS = 5_000;
 /** A node is watched for so long after a choice, or after the last word that flows of ours live there. */
 const USE_MS = 30_000;
+/** First probes are spread over so long: many agents learn of the same change at the same moment. */
+const SPREAD_MS = 50;
 const BEST = 3;
 /** Services on at most so many nodes are watched whole: whoever of them dies is known before the next flow comes. */
 const FEW = 8;
@@ -202,6 +204,8 @@ export class Prober {
   /** The latest time told. */
   #now: number;
   #replan = true;
+  /** See `hurry`. */
+  #hurried = false;
 
   /** `nonce` gives unpredictable unsigned 32-bit integers: who never saw a probe cannot answer it. */
   constructor(options: { rng: Rng; nonce: () => number; coordinate?: Coordinate; nowMs: number }) {
@@ -247,6 +251,12 @@ export class Prober {
   setFollowed(followed: ReadonlyMap<string, readonly string[]>): void {
     this.#followed = followed;
     this.#followedNodes = new Set([...followed.values()].flat());
+    this.#replan = true;
+  }
+
+  /** Whom the next plan adds is asked at once: somebody is about to choose among them. */
+  hurry(): void {
+    this.#hurried = true;
     this.#replan = true;
   }
 
@@ -575,9 +585,9 @@ export class Prober {
         state.watched = true;
         state.unanswered = [];
         this.#active.add(state);
-        // Spread the first probes a little: many agents learn of the same change at the same moment.
-        state.nextAt = nowMs + this.#rng.unit() * 50;
+        state.nextAt = this.#hurried ? nowMs : nowMs + this.#rng.unit() * SPREAD_MS;
       }
+    this.#hurried = false;
     for (const state of this.#active) if (state.watched && !kept.has(state)) this.#relax(state);
   }
 

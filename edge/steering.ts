@@ -2,15 +2,17 @@
 // they decide into commands for the packet loop, and tells the agent what it must do itself: publish where this node
 // is, take away an instance that died. It holds the clock's only timer for them; it measures and chooses nothing.
 import { formatIpv4, type Ipv4, networkOf } from '../src/addr.ts';
+import { Budgets } from '../src/budget.ts';
 import { slowdown } from '../src/choose.ts';
 import { type Coordinate, movedMs } from '../src/coordinate.ts';
+import { EXPECTED_ASKER_BURST, EXPECTED_BURST, INTEREST_ASKERS_MAX } from '../src/limits.ts';
 import type { Logger } from '../src/log.ts';
 import type { ServiceId } from '../src/name.ts';
 import type { Policy } from '../src/policy.ts';
 import { Rng } from '../src/rng.ts';
 import { type Deadline, earliest } from '../src/time.ts';
 import { decodeProbeStatus, encodeProbeStatus } from '../src/wire/probe.ts';
-import { Balancer, type Explanation } from './balance.ts';
+import { Balancer, EXPECTED_MS, type Explanation } from './balance.ts';
 import { HealthMonitor, type HealthView } from './health.ts';
 import type { Clock, Home, Timers, Vitals } from './ports.ts';
 import { type Peer, type ProbeOutput, Prober, type ProberCounters, type Status } from './probe.ts';
@@ -103,6 +105,16 @@ export class Steering {
   /** Other nodes by the first address of their subnet. */
   #nodeOf: ReadonlyMap<Ipv4, string> = new Map();
   #followedStale = true;
+  readonly #expects = new Budgets({
+    burst: EXPECTED_BURST,
+    perS: EXPECTED_BURST / (EXPECTED_MS / 1_000),
+    callersMax: 1,
+  });
+  readonly #expectsOf = new Budgets({
+    burst: EXPECTED_ASKER_BURST,
+    perS: EXPECTED_ASKER_BURST / (EXPECTED_MS / 1_000),
+    callersMax: INTEREST_ASKERS_MAX,
+  });
   /** Choices that the loop made faster than it reports them one by one. */
   #unlisted = 0;
   #followedAt = Number.NEGATIVE_INFINITY;
@@ -225,6 +237,20 @@ export class Steering {
     if (this.#balancer.warm(service, nowMs)) this.#followedStale = true;
     this.#turn();
     return this.#balancer.explain(service, policy, nowMs);
+  }
+
+  /**
+   * Somebody here has asked for the service's name and may be about to use it: its nodes are watched for EXPECTED_MS,
+   * the first probes leave at once. Questions beyond the budget bring nothing: the first flow warms the service then.
+   */
+  expect(service: ServiceId, asker: Ipv4): void {
+    const nowMs = this.#parts.clock.monotonicMs();
+    if (!this.#balancer.isCold(service, nowMs)) return;
+    if (!this.#expectsOf.take(asker, nowMs) || !this.#expects.take(0, nowMs)) return;
+    this.#balancer.expect(service, nowMs);
+    this.#followedStale = true;
+    this.#prober.hurry();
+    this.#turn();
   }
 
   /** The newest last. */

@@ -94,6 +94,10 @@ export const INTEREST_ASKER_BURST = 128;
 export const INTEREST_ASKER_PER_S = 16;
 /** Askers whose use of it is remembered: the instances of a node and the host, four times. */
 export const INTEREST_ASKERS_MAX = 256;
+/** Questions that may bring nodes under watch before the first flow (EXPECTED_MS of balance.ts), of one asker and of
+ *  all: at once, and again over that time. At most 64 services are then watched for their names alone. */
+export const EXPECTED_ASKER_BURST = 8;
+export const EXPECTED_BURST = 32;
 /** Addresses whose owner was looked up in vain, remembered for INTEREST_NEGATIVE_MS. */
 export const UNOWNED_ADDRESSES_MAX = 1_024;
 

@@ -215,6 +215,22 @@ test('Agent: a packet loop that ended is started again and told everything', asy
     assert.ok(kinds.has(kind), kind);
 });
 
+test('Agent: a question about a name brings the nodes of its service under watch, one by the node itself does not', async () => {
+  const other = start({ node: 'n2' });
+  await during(other, other.agent.restore());
+  await during(other, deployCart(other.agent));
+  const world = start({}, { time: other.time, store: other.store });
+  await during(world, world.agent.restore(), 30_000);
+  const { commands } = world.loops[0]!;
+  const probed = async (asker?: ReturnType<typeof ip>): Promise<number> => {
+    const before = commands.length;
+    await world.agent.asked(CART, asker);
+    return commands.slice(before).filter(({ kind }) => kind === 'probe').length;
+  };
+  assert.is(await probed(), 0);
+  assert.is(await probed(ip('172.16.0.66')), 1);
+});
+
 test('Agent: addresses given before a restart are the last to be given again', async () => {
   const first = start();
   await during(first, first.agent.restore());

@@ -1,13 +1,13 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { WARM_MS } from '../../edge/balance.ts';
+import { EXPECTED_MS, WARM_MS } from '../../edge/balance.ts';
 import type { Home } from '../../edge/ports.ts';
 import type { ProxyCommand } from '../../edge/proxy/command.ts';
 import { RouteTable } from '../../edge/routes/table.ts';
 import { type Position, PUBLISH_MS, QUIET_MS, Steering } from '../../edge/steering.ts';
 import { ipv4 } from '../../src/addr.ts';
 import { ORIGIN } from '../../src/coordinate.ts';
-import { FLOW_PEERS_MS } from '../../src/limits.ts';
+import { EXPECTED_ASKER_BURST, EXPECTED_BURST, FLOW_PEERS_MS } from '../../src/limits.ts';
 import { SILENT } from '../../src/log.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { Rng } from '../../src/rng.ts';
@@ -354,6 +354,42 @@ test('Steering: what a used service needs is watched before its first flow', asy
   await bench.run(3_000);
   assert.is(bench.steering.watched().length, 1);
   assert.is(bench.steering.status('n1'), 'alive');
+});
+
+test('Steering.expect: who is asked for by name is probed at once and weighed by RTT before its first flow, for 30 s', async () => {
+  const bench = new Bench();
+  bench.rtt.set(1, 40);
+  bench.rtt.set(2, 5);
+  bench.place(CART, [1, 2]);
+  const sent = bench.commands.length;
+  bench.steering.expect(CART, ipv4(1));
+  const asked = bench.commands.slice(sent).map((c) => (c.kind === 'probe' ? c.nodeIp - nodeIp(0) : 0));
+  assert.equal(
+    asked.sort((a, b) => a - b),
+    [1, 2],
+  );
+  await bench.run(45);
+  assert.equal([...bench.last('weights')!.weights.closest], [0, 1]);
+  await bench.run(EXPECTED_MS - 1_000);
+  assert.is(bench.steering.watched().length, 2);
+  await bench.run(EXPECTED_MS + 12_000);
+  assert.equal(bench.steering.watched(), []);
+});
+
+test('Steering.expect: no number of names makes it watch more than its budget, nor takes the watch from what is used', async () => {
+  const bench = new Bench();
+  const services = Array.from({ length: 200 }, (_, i) => `shop.prod.s${i}.v1` as ServiceId);
+  for (const [i, service] of services.entries()) bench.place(service, [i + 2]);
+  bench.place(CART, [1]);
+  for (const service of services) bench.steering.expect(service, ipv4(1));
+  await bench.run(1_000);
+  assert.is(bench.steering.watched().length, EXPECTED_ASKER_BURST);
+  for (const [i, service] of services.entries()) bench.steering.expect(service, ipv4(i));
+  bench.use(1);
+  await bench.run(2_000);
+  assert.ok(bench.steering.watched().includes('n1'));
+  assert.ok(bench.steering.watched().length <= EXPECTED_BURST + 3, String(bench.steering.watched().length));
+  bench.steering.expect('shop.prod.nobody.v1' as ServiceId, ipv4(9));
 });
 
 test('Steering publishes once it knows where it is, then at most every 30 s and only news; a great load at once', async () => {
