@@ -97,7 +97,14 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
     seed,
     ...(plan === undefined ? {} : { plan }),
     ...(options.mtu === undefined ? {} : { mtu: options.mtu }),
-    ...(claims === undefined ? {} : { resolve: (question) => claims.resolve(question) }),
+    ...(claims === undefined
+      ? {}
+      : {
+          names: {
+            resolve: (question) => claims.resolve(question),
+            of: (service) => claims.namesOf(service),
+          },
+        }),
   });
   const sockets = await open(options.interface, address, log, counters);
   let timer: ReturnType<typeof setTimeout> | undefined;
@@ -127,10 +134,12 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
 
   /** Sends what the machines want to say and sleeps until the next deadline. */
   function drain(): void {
+    for (let out = claims?.poll(); out !== undefined; out = claims?.poll())
+      if (out.kind === 'probe') send(out.packet, MDNS_PORT, GROUP);
+      else responder.changed([out.service], clock.monotonicMs());
     for (let out = responder.poll(); out !== undefined; out = responder.poll())
       if (out.kind === 'unicast') send(out.packet, out.to.port, out.to.address);
       else send(out.packet, MDNS_PORT, GROUP);
-    for (let out = claims?.poll(); out !== undefined; out = claims?.poll()) send(out, MDNS_PORT, GROUP);
     clearTimeout(timer);
     timer = undefined;
     const next = [responder.deadline(), claims?.deadline()]
@@ -220,8 +229,8 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
   return {
     changed(services) {
       if (stopped) return;
-      if (claims === undefined) responder.changed(services, clock.monotonicMs());
-      else claims.changed(clock.monotonicMs());
+      claims?.changed(clock.monotonicMs());
+      responder.changed(services, clock.monotonicMs());
       drain();
     },
     counters: () => ({ ...responder.counters, ...claims?.counters, ...counters }),
@@ -229,7 +238,6 @@ export async function startMdns(options: MdnsServerOptions): Promise<MdnsServer>
       ended ??= (async () => {
         stopped = true;
         responder.goodbye();
-        claims?.goodbye();
         drain();
         // A goodbye must have left before its socket closes.
         for (let turns = 0; leaving > 0 && turns < LEAVE_TURNS_MAX; turns++)

@@ -17,7 +17,7 @@ import {
   MDNS_SOURCE_UNICAST_PER_S_MAX,
   MDNS_UNICAST_PER_S_MAX,
 } from '../../src/limits.ts';
-import { formatName, parseName, type ServiceId } from '../../src/name.ts';
+import { formatName, type ServiceId } from '../../src/name.ts';
 import type { Plan } from '../../src/plan.ts';
 import { POLICIES } from '../../src/policy.ts';
 import { Rng } from '../../src/rng.ts';
@@ -66,10 +66,16 @@ export interface MdnsOptions {
   /** Of the link; an Ethernet's when not given. */
   readonly mtu?: number;
   /** Other names than the table's: a LAN's aliases. */
-  readonly resolve?: (question: Question) => Decision;
+  readonly names?: {
+    readonly resolve: (question: Question) => Decision;
+    /** Those of a service, to be announced. */
+    readonly of: (service: ServiceId) => readonly string[];
+  };
 }
 
 interface Spoken {
+  /** Whose name it is. */
+  readonly service: ServiceId;
   readonly set: RecordSet;
   readonly additionals: readonly RecordSet[];
 }
@@ -106,6 +112,7 @@ export class MdnsResponder {
     mdns_goodbye: 0,
     mdns_overload: 0,
   };
+  readonly #namesOf: (service: ServiceId) => readonly string[];
   readonly #resolve: (question: Question, needs?: readonly ServiceId[]) => Decision;
   readonly #output: MdnsOutput[] = [];
   /** Last multicast per set, in order of insertion: the oldest is forgotten first. */
@@ -130,9 +137,10 @@ export class MdnsResponder {
   });
 
   constructor(options: MdnsOptions) {
-    const { table, resolve } = options;
+    const { table, names } = options;
     const plan = options.plan === undefined ? {} : { plan: options.plan };
-    this.#resolve = resolve ?? ((question, needs) => answer(question, table, { needs, ...plan }));
+    this.#resolve = names?.resolve ?? ((question, needs) => answer(question, table, { needs, ...plan }));
+    this.#namesOf = names?.of ?? ((service) => POLICIES.map((policy) => formatName({ service, policy })));
     this.#rng = new Rng(options.seed);
     const mtu = options.mtu ?? Number.POSITIVE_INFINITY;
     this.#octetsMax = Math.min(MDNS_RECORDS_BYTES_MAX, mtu - MDNS_HEADERS_BYTES);
@@ -176,8 +184,11 @@ export class MdnsResponder {
     for (const question of questions) {
       const klass = classOf(question.class as string | undefined);
       if ((klass & ~QU) !== CLASS_IN && (klass & ~QU) !== CLASS_ANY) continue;
-      const { answers, additionals } = this.#recordsFor(question.name, question.type, needs);
-      if (answers.length === 0) this.counters['mdns_unowned']!++;
+      const { service, answers, additionals } = this.#recordsFor(question.name, question.type, needs);
+      if (service === undefined) {
+        this.counters['mdns_unowned']!++;
+        continue;
+      }
       const unicast = (klass & QU) !== 0 || from.direct;
       for (const set of answers) {
         if (!legacy && covers(known, set)) {
@@ -191,9 +202,10 @@ export class MdnsResponder {
           continue;
         }
         const free = sentMs + (probe ? DEFEND_MS : AGAIN_MS);
-        if (more) this.#hold(set, additionals, Math.max(free, nowMs + this.#longWait()), from.address);
-        else if (free > nowMs) this.#hold(set, additionals, free);
-        else spoken.set(set.key, { set, additionals });
+        const said = { service, set, additionals };
+        if (more) this.#hold(said, Math.max(free, nowMs + this.#longWait()), from.address);
+        else if (free > nowMs) this.#hold(said, free);
+        else spoken.set(set.key, said);
       }
     }
     this.#multicast([...spoken.values()], nowMs);
@@ -228,8 +240,7 @@ export class MdnsResponder {
         }
         if (sets.size === 0) this.#unpublish(name);
       }
-      for (const policy of POLICIES) {
-        const name = formatName({ service, policy });
+      for (const name of this.#namesOf(service)) {
         if (this.#published.get(name)?.sets.has('A') === true) continue;
         const [set] = this.#recordsFor(name, 'A', undefined).answers;
         if (set?.type === 'A') this.#announce(service, set, nowMs);
@@ -257,7 +268,7 @@ export class MdnsResponder {
       this.#held.delete(key);
       // It may have changed while it waited.
       const set = this.#current(held.set);
-      if (set !== undefined) spoken.push({ set, additionals: held.additionals });
+      if (set !== undefined) spoken.push({ ...held, set });
     }
     this.#multicast(spoken, nowMs);
     if (this.#burstAtMs > nowMs) return;
@@ -305,7 +316,12 @@ export class MdnsResponder {
     name: string,
     type: string,
     needs: readonly ServiceId[] | undefined,
-  ): { readonly answers: readonly RecordSet[]; readonly additionals: readonly RecordSet[] } {
+  ): {
+    /** Undefined when there is nothing to say. */
+    readonly service: ServiceId | undefined;
+    readonly answers: readonly RecordSet[];
+    readonly additionals: readonly RecordSet[];
+  } {
     const decision = this.#resolve({ name, type }, needs);
     if (decision.kind === 'answer') {
       const answers = setsOf(decision.records);
@@ -315,11 +331,11 @@ export class MdnsResponder {
         const other = this.#resolve({ name, type: 'AAAA' }, needs);
         if (other.kind === 'nodata') additionals.push(nsecSet(name, other.types));
       }
-      return { answers, additionals };
+      return { service: decision.service, answers, additionals };
     }
     if (decision.kind === 'nodata' && decision.service !== undefined && decision.types.length > 0)
-      return { answers: [nsecSet(name, decision.types)], additionals: [] };
-    return { answers: [], additionals: [] };
+      return { service: decision.service, answers: [nsecSet(name, decision.types)], additionals: [] };
+    return { service: undefined, answers: [], additionals: [] };
   }
 
   /** Notes what caches hold of a name from now on. */
@@ -361,7 +377,8 @@ export class MdnsResponder {
     if (this.#sent.size > MDNS_NAMES_MAX) this.#sent.delete(this.#sent.keys().next().value!);
   }
 
-  #hold(set: RecordSet, additionals: readonly RecordSet[], dueMs: number, from?: string): void {
+  #hold(spoken: Spoken, dueMs: number, from?: string): void {
+    const { set } = spoken;
     const held = this.#held.get(set.key);
     if (held !== undefined) {
       // An earlier asker is not made to wait longer by a later one.
@@ -376,7 +393,7 @@ export class MdnsResponder {
     }
     this.counters['mdns_held']!++;
     const askers = from === undefined ? undefined : new Set([from]);
-    this.#held.set(set.key, { set, additionals, dueMs, askers });
+    this.#held.set(set.key, { ...spoken, dueMs, askers });
   }
 
   /** What the last one who waits for it knows is not sent. */
@@ -406,10 +423,8 @@ export class MdnsResponder {
     }
     const answers = spoken.map(({ set }) => set);
     this.counters['mdns_multicast']! += this.#emit(answers, [...additionals.values()]);
-    for (const set of [...answers, ...additionals.values()]) {
-      const parsed = parseName(set.name);
-      if (parsed.ok) this.#publish(parsed.value.service, set);
-    }
+    for (const { service, set, additionals: more } of spoken)
+      for (const said of [set, ...more]) this.#publish(service, said);
   }
 
   /** §18: QR and AA set, id 0, no question; §10.2: cache-flush, since a set is always sent whole. */

@@ -2,8 +2,9 @@
 // operator names them; each stands for one exposed service and leads to this node's own address, where the service's
 // ports are published. A LAN is shared with strangers and with other nodes, so unlike our seven-label names an alias
 // is probed for before it is used (RFC 6762 §8.1) and given up when somebody else has it: never renamed, and claimed
-// again a minute later, so that another node takes over when its holder goes. Sans-I/O, like mdns.ts.
-import { AUTHORITATIVE_ANSWER, type DecodedPacket, type Packet } from 'dns-packet';
+// again a minute later, so that another node takes over when its holder goes. What is held the responder (mdns.ts)
+// announces, answers and takes back. Sans-I/O, like it.
+import type { DecodedPacket, Packet } from 'dns-packet';
 import { formatIpv4, type Ipv4, parseIpv4 } from '../../src/addr.ts';
 import { fail, ok, type Result } from '../../src/error.ts';
 import { DNS_TTL_S } from '../../src/limits.ts';
@@ -23,7 +24,6 @@ const PROBES = 3; // §8.1
 const PROBE_EVERY_MS = 250;
 const LOST_TIE_MS = 1_000; // §8.2
 const AGAIN_MS = 60_000;
-const ANNOUNCE_AGAIN_MS = 1_000; // §8.3
 const HOST_LABEL = /^[a-z0-9]([a-z0-9-]*[a-z0-9])?$/;
 
 /** `label.local`: what mDNS clients take for a host name. */
@@ -44,6 +44,11 @@ export function parseAliasName(text: string): Result<string> {
 }
 
 type Phase = 'idle' | 'probing' | 'held' | 'yielded';
+
+export type AliasOutput =
+  | { readonly kind: 'probe'; readonly packet: Packet }
+  /** An alias of the service is held since now, or not any more: the responder's `changed` is due. */
+  | { readonly kind: 'changed'; readonly service: ServiceId };
 
 interface Claim {
   readonly alias: Alias;
@@ -70,7 +75,7 @@ export class AliasClaims {
   readonly #address: Ipv4;
   readonly #rng: Rng;
   readonly #claims: ReadonlyMap<string, Claim>;
-  readonly #output: Packet[] = [];
+  readonly #output: AliasOutput[] = [];
 
   constructor(options: AliasOptions) {
     this.#table = options.table;
@@ -81,15 +86,15 @@ export class AliasClaims {
     );
   }
 
-  /** Next message for the group; drain until undefined after every input. */
-  poll(): Packet | undefined {
+  /** Drain until undefined after every input. */
+  poll(): AliasOutput | undefined {
     return this.#output.shift();
   }
 
   deadline(): number | undefined {
     let next: number | undefined;
-    for (const { phase, sent, dueMs } of this.#claims.values()) {
-      const waits = phase === 'probing' || phase === 'yielded' || (phase === 'held' && sent < 2);
+    for (const { phase, dueMs } of this.#claims.values()) {
+      const waits = phase === 'probing' || phase === 'yielded';
       if (waits && (next === undefined || dueMs < next)) next = dueMs;
     }
     return next;
@@ -118,15 +123,17 @@ export class AliasClaims {
     };
   }
 
-  /** The table has changed; to be called at the start too. */
+  /** Aliases of a service, held or not. */
+  namesOf(service: ServiceId): readonly string[] {
+    return [...this.#claims.values()].flatMap(({ alias }) => (alias.service === service ? [alias.name] : []));
+  }
+
+  /** The table has changed; to be called at the start too. What is not served any more is given up. */
   changed(nowMs: number): void {
     for (const claim of this.#claims.values()) {
       const wanted = this.#served(claim.alias) !== undefined;
       if (wanted && claim.phase === 'idle') this.#probe(claim, nowMs + this.#rng.below(PROBE_EVERY_MS));
-      else if (!wanted && claim.phase !== 'idle') {
-        if (claim.phase === 'held') this.#say(claim, 0);
-        claim.phase = 'idle';
-      }
+      else if (!wanted && claim.phase !== 'idle') this.#move(claim, 'idle');
     }
   }
 
@@ -141,14 +148,8 @@ export class AliasClaims {
           claim.dueMs = nowMs + PROBE_EVERY_MS;
           continue;
         }
-        claim.phase = 'held';
-        claim.sent = 0;
+        this.#move(claim, 'held');
         this.counters['mdns_alias_held']!++;
-      }
-      if (claim.phase === 'held' && claim.sent < 2) {
-        this.#say(claim, DNS_TTL_S);
-        claim.sent++;
-        claim.dueMs = nowMs + ANNOUNCE_AGAIN_MS;
       }
     }
   }
@@ -161,7 +162,7 @@ export class AliasClaims {
       if (claim === undefined || (claim.phase !== 'probing' && claim.phase !== 'held')) continue;
       if ((record.ttl ?? 0) === 0 || record.data === formatIpv4(this.#address)) continue;
       this.counters['mdns_alias_conflicts']!++;
-      claim.phase = 'yielded';
+      this.#move(claim, 'yielded');
       claim.dueMs = nowMs + Math.round(this.#rng.jitter(AGAIN_MS, 0.25));
     }
   }
@@ -177,12 +178,11 @@ export class AliasClaims {
     }
   }
 
-  /** Takes back what is held; the node is about to end. */
-  goodbye(): void {
-    for (const claim of this.#claims.values()) {
-      if (claim.phase === 'held') this.#say(claim, 0);
-      claim.phase = 'idle';
-    }
+  /** To or from `held`, mostly: the responder must know. */
+  #move(claim: Claim, phase: Phase): void {
+    if (claim.phase === 'held' || phase === 'held')
+      this.#output.push({ kind: 'changed', service: claim.alias.service });
+    claim.phase = phase;
   }
 
   #probe(claim: Claim, dueMs: number): void {
@@ -200,19 +200,13 @@ export class AliasClaims {
   #sendProbe({ alias }: Claim): void {
     this.counters['mdns_alias_probes']!++;
     this.#output.push({
-      type: 'query',
-      id: 0,
-      questions: [{ name: alias.name, type: 'ANY' as 'A', class: 'IN' }],
-      authorities: [{ type: 'A', name: alias.name, ttl: DNS_TTL_S, data: formatIpv4(this.#address) }],
-    });
-  }
-
-  #say({ alias }: Claim, ttl: number): void {
-    this.#output.push({
-      type: 'response',
-      id: 0,
-      flags: AUTHORITATIVE_ANSWER,
-      answers: [{ type: 'A', name: alias.name, ttl, flush: true, data: formatIpv4(this.#address) }],
+      kind: 'probe',
+      packet: {
+        type: 'query',
+        id: 0,
+        questions: [{ name: alias.name, type: 'ANY' as 'A', class: 'IN' }],
+        authorities: [{ type: 'A', name: alias.name, ttl: DNS_TTL_S, data: formatIpv4(this.#address) }],
+      },
     });
   }
 }

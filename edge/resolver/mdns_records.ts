@@ -50,9 +50,9 @@ export function nsecSet(name: string, types: readonly string[]): RecordSet {
   return { key: keyOf(name, 'NSEC'), name, type: 'NSEC', records: [record], facts: [types.join(' ')] };
 }
 
-/** §10.1: the same records with TTL 0. */
+/** §10.1: the same records with TTL 0. Without cache-flush: what somebody else says under that name by now stays. */
 export function goodbyeOf(set: RecordSet): RecordSet {
-  return { ...set, records: set.records.map((record) => ({ ...record, ttl: 0 }) as Answer) };
+  return { ...set, records: set.records.map((record) => ({ ...record, ttl: 0, flush: false }) as Answer) };
 }
 
 export function isSame(a: RecordSet, b: RecordSet): boolean {

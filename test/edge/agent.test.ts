@@ -220,7 +220,7 @@ test('Agent: a question about a name brings the nodes of its service under watch
   await during(other, other.agent.restore());
   await during(other, deployCart(other.agent));
   const world = start({}, { time: other.time, store: other.store });
-  await during(world, world.agent.restore(), 30_000);
+  await during(world, world.agent.restore(), 20_000);
   const { commands } = world.loops[0]!;
   const probed = async (asker?: ReturnType<typeof ip>): Promise<number> => {
     const before = commands.length;
