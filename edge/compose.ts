@@ -10,7 +10,7 @@ import { ownerOf } from '../coordinator/claims.ts';
 import { connectEtcd } from '../coordinator/etcd/client.ts';
 import { Keyspace, type KeyspaceListener } from '../coordinator/keyspace.ts';
 import { startRoles } from '../coordinator/roles.ts';
-import { formatIpv4 } from '../src/addr.ts';
+import { contains, formatIpv4, networkOf } from '../src/addr.ts';
 import { type ErrorCode, toEdgewayError } from '../src/error.ts';
 import { Keys } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
@@ -144,6 +144,8 @@ async function start(
     max: limits.INTERESTS_MAX,
     now: () => systemClock.monotonicMs(),
     ownerOf: async (address) => (await ownerOf(kv, keys, address))?.service,
+    // Also one that rests, or whose holder cannot be read.
+    subnetTaken: async (subnet) => (await kv.get(keys.build({ kind: 'subnet', subnet }))) !== undefined,
     busy: (service) => agent.busy(service),
     ...(underlay.nat ? { called: config.node } : {}),
   };
@@ -194,7 +196,12 @@ async function start(
       startNames({
         ...{ config, table, log, subnet, needsOf, network },
         onLookup: (service, source) => agent.asked(service, source),
-        onAddress: (address, source) => routes.askAddress(address, source),
+        onAddress: (address, source) => {
+          const { services, nodeBits: bits } = network.plan;
+          return contains(services, address)
+            ? routes.askAddress(address, source)
+            : routes.askSubnet({ base: networkOf(address, bits), bits }, source);
+        },
       }),
     runtime: runtimeName(),
     version,

@@ -3,7 +3,7 @@
 // may exist below the name is NODATA, and only what surely is not there is NXDOMAIN.
 //
 //   ours: NAME.{roundrobin,closest,fastest,fixed}.local   A, SRV · reverse of the address plan   PTR · else: forward
-import { contains, formatIpv4, type Ipv4, ipv4 } from '../../src/addr.ts';
+import { contains, formatIpv4, type Ipv4, ipv4, networkOf } from '../../src/addr.ts';
 import { DNS_INSTANCE_TTL_S, DNS_NEGATIVE_TTL_S, DNS_TTL_S } from '../../src/limits.ts';
 import { type Instance, portNumbers, type Service } from '../../src/model.ts';
 import {
@@ -175,7 +175,11 @@ function mayHaveNamesBelow(labels: readonly string[]): boolean {
   return labels.slice(0, -3).every((label) => /^[a-z0-9]([a-z0-9-]*[a-z0-9])?$/.test(label));
 }
 
-/** Names of addresses that have one; ServiceIPs and InstanceIPs without one surely have none, node addresses may. */
+/**
+ * Names of addresses that have one. ServiceIPs and InstanceIPs without one surely have none. In a node's subnet there
+ * may be an instance that this node does not follow, and nothing tells its name by its address: no data. A subnet of
+ * the plan that no node holds may be another network of the operator's.
+ */
 function answerReverse(question: Question, lower: string, table: NameTable, plan: Plan): Decision {
   const address = parseReverse(lower);
   if (address === undefined) return { kind: 'forward' };
@@ -199,7 +203,13 @@ function answerReverse(question: Question, lower: string, table: NameTable, plan
       types: ['PTR'],
     };
   }
-  if (!isService) return { kind: 'forward' };
+  if (!isService) {
+    if (!contains(plan.platform, address)) return { kind: 'forward' };
+    const taken = table.isNodeSubnet(networkOf(address, plan.nodeBits));
+    if (taken === false) return { kind: 'forward' };
+    if (taken) return { kind: 'nodata', zone: lower, ttl: DNS_NEGATIVE_TTL_S, types: [] };
+    return { kind: 'servfail', address, why: `whether a node holds ${formatIpv4(address)} is not known yet` };
+  }
   if (!table.synced) return { kind: 'servfail', address, why: 'the routing table is not complete yet' };
   const why = `${formatIpv4(address)} belongs to nobody`;
   return { kind: 'nxdomain', address, zone, ttl: DNS_NEGATIVE_TTL_S, why };

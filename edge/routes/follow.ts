@@ -3,7 +3,7 @@
 // everything or only what this node is interested in (interest.ts), and with each instance the record of its node.
 // It decides nothing about policies and opens no connection itself.
 import type { Keyspace, KeyspaceBatch, KeyspaceListener } from '../../coordinator/keyspace.ts';
-import type { Ipv4 } from '../../src/addr.ts';
+import type { Cidr, Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import type { Key, Keys } from '../../src/keys.ts';
 import { CALLS_MAX, DNS_LOOKUP_WAIT_MS, UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
@@ -78,6 +78,8 @@ export interface InterestOptions extends InterestLimits {
   readonly now: () => number;
   /** The service that a ServiceIP or InstanceIP belongs to, asked of the store. */
   readonly ownerOf: (address: Ipv4) => Promise<ServiceId | undefined>;
+  /** Whether a node holds that subnet, asked of the store. */
+  readonly subnetTaken: (subnet: Cidr) => Promise<boolean>;
   /** Whether flows still use a service although nobody asks for it. */
   readonly busy?: (service: ServiceId) => boolean;
   /** This node's id, when a NAT hides it: the records of those who call it are followed. */
@@ -126,7 +128,7 @@ export class RouteFollower {
   readonly #nodeUsers = new Map<string, number>();
   /** When an address was last looked up in vain. */
   readonly #unowned = new Map<Ipv4, number>();
-  /** Addresses that are being looked up. */
+  /** Addresses that are being looked up; bases of node subnets among them. */
   readonly #asking = new Map<Ipv4, Promise<boolean>>();
   readonly #exists = (service: ServiceId): boolean =>
     this.table.service(service) !== undefined || this.table.instancesOf(service).length > 0;
@@ -229,33 +231,49 @@ export class RouteFollower {
     if (known !== undefined) return this.ask(known.service) ?? true;
     const vain = this.#unowned.get(address);
     if (vain !== undefined && now - vain < options.negativeMs) return true;
-    // One look-up of an address at a time: a store that is away is not asked per packet.
-    let asking = this.#asking.get(address);
-    if (asking === undefined) {
-      if (this.#asking.size >= UNOWNED_ADDRESSES_MAX || !interest.afford(asker, now)) return false;
-      asking = this.#findOwner(address, options);
-      this.#asking.set(address, asking);
+    return this.#askOnce(address, asker, () => this.#findOwner(address, options));
+  }
+
+  /** The same for a subnet: true when the table can tell whether a node holds it. */
+  async askSubnet(subnet: Cidr, asker?: number): Promise<boolean> {
+    const { table } = this;
+    if (table.isNodeSubnet(subnet.base) !== undefined) return true;
+    if (this.#options === undefined) {
+      // Every node is in the table.
+      if (table.synced) table.tellSubnet(subnet.base, false);
+      return table.synced;
     }
+    const { subnetTaken } = this.#options;
+    return this.#askOnce(subnet.base, asker, async () => {
+      table.tellSubnet(subnet.base, await subnetTaken(subnet));
+      return true;
+    });
+  }
+
+  /** One look-up of an address at a time: a store that is away is not asked per packet or question. */
+  #askOnce(address: Ipv4, asker: number | undefined, find: () => Promise<boolean>): Promise<boolean> {
+    const { interest, now } = this.#demand();
+    const held = this.#asking.get(address);
+    if (held !== undefined) return held;
+    if (this.#asking.size >= UNOWNED_ADDRESSES_MAX || interest?.afford(asker, now) === false) return REFUSED;
+    const asking = find()
+      .catch(() => false)
+      .finally(() => this.#asking.delete(address));
+    this.#asking.set(address, asking);
     return asking;
   }
 
   async #findOwner(address: Ipv4, options: InterestOptions): Promise<boolean> {
-    try {
-      const service = await options.ownerOf(address);
-      if (service !== undefined) return (await this.ask(service)) ?? true;
-      this.#unowned.delete(address);
-      this.#unowned.set(address, options.now());
-      if (this.#unowned.size > UNOWNED_ADDRESSES_MAX)
-        for (const oldest of this.#unowned.keys()) {
-          this.#unowned.delete(oldest);
-          break;
-        }
-      return true;
-    } catch {
-      return false;
-    } finally {
-      this.#asking.delete(address);
-    }
+    const service = await options.ownerOf(address);
+    if (service !== undefined) return (await this.ask(service)) ?? true;
+    this.#unowned.delete(address);
+    this.#unowned.set(address, options.now());
+    if (this.#unowned.size > UNOWNED_ADDRESSES_MAX)
+      for (const oldest of this.#unowned.keys()) {
+        this.#unowned.delete(oldest);
+        break;
+      }
+    return true;
   }
 
   /** Resolves when the first listing of everything that is followed is complete; rejects `timeout`. */
@@ -397,6 +415,7 @@ export class RouteFollower {
       if (this.#closed) return;
       const ended = interest.expire(options.now(), this.#live, this.#exists, options.busy);
       for (const service of ended) this.#end(service);
+      this.table.forgetSubnets();
       this.#armExpiry();
     });
   }

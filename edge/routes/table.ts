@@ -1,6 +1,7 @@
 // The routing table: what this node knows about services, instances and nodes, with an index for each question that
 // the resolver, the proxy and the API ask. It has one author, the keyspace (follow.ts); everyone else reads.
 import type { Ipv4 } from '../../src/addr.ts';
+import { UNOWNED_ADDRESSES_MAX } from '../../src/limits.ts';
 import type { Instance, Node, Service } from '../../src/model.ts';
 import type { Name, ServiceId } from '../../src/name.ts';
 import { POLICIES } from '../../src/policy.ts';
@@ -13,6 +14,8 @@ export interface NameTable {
   instance(id: ServiceId, number: number): Instance | undefined;
   /** The name that an address of ours (ServiceIP, InstanceIP or namespace IP) answers to. */
   nameOf(address: Ipv4): Name | undefined;
+  /** Whether a node holds the subnet with this base; undefined: the table cannot tell. */
+  isNodeSubnet(base: Ipv4): boolean | undefined;
 }
 
 /** Services whose routes changed, for those who hold a projection of the table. */
@@ -40,6 +43,10 @@ export class RouteTable implements NameTable {
   readonly #names = new Map<Ipv4, Name>();
   /** Who lists an address that answers to another, in the order they came. */
   readonly #waiting = new Map<Ipv4, Name[]>();
+  /** How many nodes of the table have the subnet with that base. */
+  readonly #subnets = new Map<Ipv4, number>();
+  /** Subnets of nodes that are not in the table, or of none, by `tellSubnet`; the oldest first. */
+  readonly #toldSubnets = new Map<Ipv4, boolean>();
   /** Services that an address fell to, for `takeHeirs`. */
   #heirs = new Set<ServiceId>();
 
@@ -116,12 +123,36 @@ export class RouteTable implements NameTable {
   }
 
   putNode(node: Node): void {
+    const old = this.#nodes.get(node.node);
     this.#nodes.set(node.node, node);
     this.#judge(node.node);
+    if (old !== undefined) this.#countSubnet(old.subnet.base, -1);
+    this.#countSubnet(node.subnet.base, 1);
   }
   deleteNode(id: string): void {
+    const old = this.#nodes.get(id);
+    if (old === undefined) return;
     this.#nodes.delete(id);
     this.#judge(id);
+    this.#countSubnet(old.subnet.base, -1);
+  }
+  #countSubnet(base: Ipv4, more: number): void {
+    const nodes = (this.#subnets.get(base) ?? 0) + more;
+    if (nodes > 0) this.#subnets.set(base, nodes);
+    else this.#subnets.delete(base);
+  }
+
+  isNodeSubnet(base: Ipv4): boolean | undefined {
+    return this.#subnets.has(base) || this.#toldSubnets.get(base);
+  }
+  /** What the store says of a subnet, kept until `forgetSubnets`. */
+  tellSubnet(base: Ipv4, taken: boolean): void {
+    this.#toldSubnets.set(base, taken);
+    if (this.#toldSubnets.size > UNOWNED_ADDRESSES_MAX)
+      this.#toldSubnets.delete(this.#toldSubnets.keys().next().value!);
+  }
+  forgetSubnets(): void {
+    this.#toldSubnets.clear();
   }
 
   /** Services that got an address since the last call because another one let it go: their routes changed, too. */

@@ -298,6 +298,7 @@ class SimulatedAgent {
         max: 4_096,
         now: () => performance.now(),
         ownerOf: async (address) => (await ownerOf(kv, keys, address))?.service,
+        subnetTaken: async () => false,
       },
     });
     this.#routes = routes;

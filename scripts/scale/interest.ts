@@ -250,6 +250,7 @@ async function agentSide(endpoint: string): Promise<void> {
       max: 4_096,
       now: () => performance.now(),
       ownerOf: async (address) => (await ownerOf(kv, keys, address))?.service,
+      subnetTaken: async () => false,
     },
   });
   const until = async (condition: () => boolean): Promise<void> => {

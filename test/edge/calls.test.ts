@@ -41,7 +41,13 @@ class TestNode {
       open: (listener) => new Keyspace(this.kv, keys, SILENT, listener),
       after,
       interest: {
-        ...{ idleMs: 600_000, negativeMs: 10_000, max: 100, ownerOf: async () => undefined },
+        ...{
+          idleMs: 600_000,
+          negativeMs: 10_000,
+          max: 100,
+          ownerOf: async () => undefined,
+          subnetTaken: async () => false,
+        },
         now: () => time.monotonicMs(),
         ...(nat ? { called: id } : {}),
       },

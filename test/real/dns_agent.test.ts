@@ -117,6 +117,9 @@ test('a service that is deleted over the API is gone from the names at once, and
   assert.is((await lab.api(1, 'DELETE', `/api/v1/services/${SERVICE}`)).status, 200);
   await until('NXDOMAIN', 10_000, async () => (/status: NXDOMAIN/.test(await dig(NAME)) ? true : undefined));
   assert.match(await dig('-x', address!), /status: NXDOMAIN/);
+  const unknown = await dig('-x', bridge);
+  assert.match(unknown, /status: NOERROR/, 'in a node’s subnet; nobody knows a name of it');
+  assert.match(unknown, /ANSWER: 0/);
   await lab.end(node.agent!);
 });
 

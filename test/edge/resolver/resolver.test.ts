@@ -11,6 +11,7 @@ import {
 import { RouteTable } from '../../../edge/routes/table.ts';
 import { formatIpv4, ipv4 } from '../../../src/addr.ts';
 import { DNS_INSTANCE_TTL_S, DNS_TTL_S } from '../../../src/limits.ts';
+import { node } from '../../support/sample.ts';
 import { CART, CART_ANY, id, ip, service, world } from './world.ts';
 
 const table = world();
@@ -173,7 +174,23 @@ test('answer names ServiceIPs, InstanceIPs and namespace addresses in reverse', 
     line(ask('99.9.30.172.in-addr.arpa', 'PTR')),
     'nxdomain 30.172.in-addr.arpa: 172.30.9.99 belongs to nobody',
   );
-  assert.is(line(ask('99.0.16.172.in-addr.arpa', 'PTR')), 'forward');
+});
+
+test('answer says NODATA for an address in a node’s subnet that it knows no name of, never NXDOMAIN', () => {
+  const table = new RouteTable();
+  table.synced = true;
+  const unknown = '99.0.16.172.in-addr.arpa';
+  const reverse = (name: string): string => line(answer({ name, type: 'PTR' }, table));
+  assert.is(reverse(unknown), 'servfail: whether a node holds 172.16.0.99 is not known yet');
+  table.tellSubnet(ip('172.16.0.64'), true);
+  assert.is(reverse(unknown), `nodata ${unknown} 0 []`);
+  table.tellSubnet(ip('172.16.0.64'), false);
+  assert.is(reverse(unknown), 'forward', 'another network of the operator’s');
+  table.putNode(node('n2', 1));
+  assert.is(reverse(unknown), `nodata ${unknown} 0 []`);
+  table.deleteNode('n2');
+  assert.is(reverse(unknown), 'forward');
+  assert.is(reverse('1.0.0.10.in-addr.arpa'), 'forward', 'outside the plan');
 });
 
 test('formatReverse and parseReverse are inverses', () => {

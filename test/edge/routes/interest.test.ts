@@ -15,11 +15,12 @@ import { MemoryStore } from '../../../coordinator/memory.ts';
 import { RouteFollower } from '../../../edge/routes/follow.ts';
 import { Interest } from '../../../edge/routes/interest.ts';
 
-import type { Ipv4 } from '../../../src/addr.ts';
+import type { Cidr, Ipv4 } from '../../../src/addr.ts';
 import { Keys } from '../../../src/keys.ts';
 import { DNS_LOOKUP_WAIT_MS, INTEREST_ASKER_BURST, INTEREST_ASKER_PER_S } from '../../../src/limits.ts';
 import { SILENT } from '../../../src/log.ts';
 import type { ServiceId } from '../../../src/name.ts';
+import { subnetAt } from '../../../src/plan.ts';
 import { DEFAULT_NETWORK_CONFIG as config } from '../../../src/records.ts';
 import { CART, descriptor, instance, ip, node, sid } from '../../support/sample.ts';
 import { settle, VirtualTime } from '../../support/time.ts';
@@ -142,6 +143,8 @@ function world(more: Partial<typeof limits> = {}) {
       ...more,
       now: () => time.monotonicMs(),
       ownerOf: async (address: Ipv4) => (await ownerOf(kv, keys, address))?.service,
+      subnetTaken: async (subnet: Cidr) =>
+        (await kv.get(keys.build({ kind: 'subnet', subnet }))) !== undefined,
     },
   });
   return { time, store, writer, client, routes, events, gets };
@@ -165,7 +168,7 @@ async function deploy(kv: Kv, id: string, index: number, service: ServiceId, num
     instance(host, service, number, { instanceIp }),
     presence,
   );
-  return { instanceIp, revision, presence };
+  return { instanceIp, revision, presence, subnet: claim.subnet };
 }
 
 test('RouteFollower with interest hears nothing of services that nobody here asked for', async () => {
@@ -273,6 +276,36 @@ test('RouteFollower.askAddress says whether the table can tell, one look-up for 
   await settle();
   assert.is(await routes.askAddress(address), true);
   assert.equal(routes.table.nameOf(address), { service: A, policy: 'closest' });
+  await routes.close();
+});
+
+test('RouteFollower.askSubnet says whether a node holds a subnet, asking the store once in five seconds', async () => {
+  const { time, writer, client, routes, gets } = world();
+  await applyService(writer, keys, config, descriptor(A));
+  const { subnet: taken } = await deploy(writer, 'n1', 1, A, 1);
+  const free = subnetAt(config.plan, 7);
+  await settle();
+  const before = gets.length;
+  assert.is(routes.table.isNodeSubnet(taken.base), undefined);
+  for (let i = 0; i < 50; i++) {
+    const told = await Promise.all([routes.askSubnet(taken, 1), routes.askSubnet(free, 1)]);
+    assert.equal(told, [true, true]);
+  }
+  assert.is(gets.length - before, 2);
+  assert.is(routes.table.isNodeSubnet(taken.base), true);
+  assert.is(routes.table.isNodeSubnet(free.base), false);
+  await time.advance(10_000);
+  assert.is(routes.table.isNodeSubnet(free.base), undefined, 'a node may have come');
+  client.partitioned = true;
+  assert.is(await routes.askSubnet(free), false);
+  client.partitioned = false;
+  await settle();
+  let refused = 0;
+  for (let i = 8; i < 400; i++) if (!(await routes.askSubnet(subnetAt(config.plan, i), 2))) refused++;
+  assert.ok(refused > 200, 'no asker looks up more than its budget');
+  routes.pin(new Set([A]));
+  await settle();
+  assert.is(routes.table.isNodeSubnet(taken.base), true, 'a node that is followed needs no look-up');
   await routes.close();
 });
 

@@ -77,6 +77,7 @@ for (const mode of ['needed', 'all'] as const)
               max: 10,
               now: () => time.monotonicMs(),
               ownerOf: async () => undefined,
+              subnetTaken: async () => false,
             },
           }),
     });
