@@ -43,6 +43,7 @@ export function viewNode(node: Node): NodeView {
     nodeIp: formatIpv4(node.nodeIp),
     ewp,
     nsp,
+    nat: node.nat === true,
     subnet: formatCidr(node.subnet),
     epoch,
   };

@@ -142,6 +142,8 @@ export const nodeAnswer = v.object({
   nodeIp: v.string(),
   ewp: v.number(),
   nsp: v.number(),
+  /** Others reach it by the address of a NAT. */
+  nat: v.boolean(),
   subnet: v.string(),
   epoch: v.number(),
 });

@@ -81,9 +81,9 @@ export const getCommand = defineCommand({
   subCommands: {
     nodes: get<NodeView>(
       'nodes',
-      ['NODE', 'CLUSTER', 'TUNNEL', 'SUBNET', 'EPOCH'],
+      ['NODE', 'CLUSTER', 'TUNNEL', 'NAT', 'SUBNET', 'EPOCH'],
       (n) => n.node,
-      (n) => [n.node, n.cluster, `${n.nodeIp}:${n.ewp}`, n.subnet, String(n.epoch)],
+      (n) => [n.node, n.cluster, `${n.nodeIp}:${n.ewp}`, n.nat ? 'yes' : 'no', n.subnet, String(n.epoch)],
     ),
     services: get<ServiceView>(
       'services',

@@ -1,10 +1,11 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import type { Explanation } from '../../edge/balance.ts';
-import { viewExplanation } from '../../edge/view.ts';
+import { viewExplanation, viewNode } from '../../edge/view.ts';
 import { ipv4 } from '../../src/addr.ts';
 import type { Service } from '../../src/model.ts';
 import type { ServiceId } from '../../src/name.ts';
+import { node } from '../support/sample.ts';
 
 const id = 'shop.prod.cart.v1' as ServiceId;
 const service: Service = {
@@ -91,6 +92,11 @@ test('viewExplanation of an InstanceIP shows that instance alone', () => {
     view.candidates.map((c) => [c.instance, c.share]),
     [[2, 1]],
   );
+});
+
+test('viewNode says whether a node is behind a NAT', () => {
+  assert.is(viewNode(node('n1', 1)).nat, false);
+  assert.is(viewNode(node('n1', 1, { nat: true })).nat, true);
 });
 
 test.run();

@@ -70,6 +70,14 @@ test('the first connection to a node behind a NAT, which knows nobody, is answer
   assert.equal(await calls(), ['/edgeway/v1/calls/n2/n1']);
 });
 
+test('the list of nodes says who is behind a NAT', async () => {
+  const { body } = await lab.api(1, 'GET', '/api/v1/nodes');
+  assert.equal(
+    body.items.map((one: { node: string; nat: boolean }) => `${one.node} ${one.nat}`),
+    ['n1 false', 'n2 true', 'n3 true'],
+  );
+});
+
 test('so is one from behind another NAT, as long as both keep ports', async () => {
   await reaches(desk, SOON_MS);
   assert.ok((await calls()).includes('/edgeway/v1/calls/n2/n3'));
