@@ -9,6 +9,7 @@ import { checkId, DEFAULT_ROOT } from '../src/keys.ts';
 import * as limits from '../src/limits.ts';
 import { parseServiceId } from '../src/name.ts';
 import { type Alias, parseAliasName } from './resolver/mdns_alias.ts';
+import { parseUpstream } from './resolver/upstream.ts';
 
 /** When the node claims its subnet: when told by `POST /register`, at start, or at start with this one. */
 export type RegisterMode =
@@ -111,7 +112,10 @@ export const SETTINGS = {
   },
   bridge: { hint: 'NAME', help: 'bridge interface', default: 'edgeway0' },
   tun: { hint: 'NAME', help: 'TUN interface', default: 'edgeway-tun' },
-  upstreams: { hint: 'LIST', help: 'DNS servers for all other names (default: those of resolv.conf)' },
+  upstreams: {
+    hint: 'LIST',
+    help: 'DNS servers for all other names: ADDRESS, ADDRESS:PORT, [IPV6]:PORT, … (default: those of resolv.conf)',
+  },
   mdns: { hint: 'on|off', help: 'answer multicast DNS on the bridge', default: 'on' },
   'mdns-lan': { hint: 'NAME', help: 'interface of a LAN where --mdns-alias names are answered' },
   'mdns-alias': {
@@ -225,7 +229,8 @@ export function parseConfig(
   const nodeIp = given('node-ip');
   const upstreams = list('upstreams');
   for (const upstream of upstreams)
-    if (!parseIpv4(upstream).ok) throw bad('upstreams', upstream, 'must be IPv4 addresses');
+    if (parseUpstream(upstream) === undefined)
+      throw bad('upstreams', upstream, 'must be ADDRESS or ADDRESS:PORT, with IPv6 [ADDRESS]:PORT');
   const mdns = value('mdns');
   if (mdns !== 'on' && mdns !== 'off') throw bad('mdns', mdns, 'must be on or off');
   const hostDns = value('host-dns');

@@ -5,8 +5,7 @@ import type { Buffer } from 'node:buffer';
 import { Buffer as Bytes } from 'node:buffer';
 import { randomInt } from 'node:crypto';
 import { createSocket } from 'node:dgram';
-import { connect, isIP } from 'node:net';
-import { Address6 } from 'ip-address';
+import { connect } from 'node:net';
 import { LRUCache } from 'lru-cache';
 import { sizeReceives } from '#udp';
 import { frame } from '../../coordinator/io/dns_sockets.ts';
@@ -19,7 +18,6 @@ import {
   DNS_UPSTREAM_PENDING_MAX,
   DNS_UPSTREAM_REST_MS,
   DNS_UPSTREAM_TRIES_MS,
-  PORT_MAX,
 } from '../../src/limits.ts';
 import type { Logger } from '../../src/log.ts';
 import type { Clock } from '../ports.ts';
@@ -31,6 +29,7 @@ import {
   type UpstreamAnswer,
   upstreamKey,
 } from '../resolver/message.ts';
+import { parseUpstream, type Upstream } from '../resolver/upstream.ts';
 
 /** An answer from upstream, or from memory; `ageS` is how long ago it came. The bytes are shared: do not write. */
 export interface Forwarded {
@@ -52,30 +51,6 @@ export interface ForwarderOptions {
   readonly upstreams: () => readonly string[];
   readonly log: Logger;
   readonly clock: Clock;
-}
-
-export interface Upstream {
-  readonly address: string;
-  readonly port: number;
-  readonly family: 4 | 6;
-}
-
-const DNS_PORT = 53;
-
-/** Undefined when the text is no server address. The address comes out as a socket spells it. */
-export function parseUpstream(text: string): Upstream | undefined {
-  const match = /^\[([^\]]+)\](?::(\d{1,5}))?$/.exec(text) ?? /^([^:]+):(\d{1,5})$/.exec(text);
-  const given = match?.[1] ?? text;
-  const port = match?.[2] === undefined ? DNS_PORT : Number(match[2]);
-  const family = isIP(given.replace(/%.*$/, ''));
-  if ((family !== 4 && family !== 6) || port < 1 || port > PORT_MAX) return undefined;
-  if (family === 4) return { address: given, port, family };
-  const [plain = '', zone] = given.split('%');
-  const address = new Address6(plain);
-  // An IPv4 server in IPv6 clothes: an IPv4 socket reaches it, also on a host without IPv6.
-  if (zone === undefined && address.isMapped4())
-    return { address: address.to4().correctForm(), port, family: 4 };
-  return { address: address.correctForm() + (zone === undefined ? '' : `%${zone}`), port, family };
 }
 
 interface Remembered {

@@ -35,6 +35,11 @@ test('parseConfig: a flag wins over the environment, the environment over the de
   );
 });
 
+test('parseConfig takes upstream servers with and without a port, IPv6 too', () => {
+  const upstreams = ['192.0.2.1', '192.0.2.1:5300', '2001:db8::1', '[2001:db8::1]:5300'];
+  assert.equal(parseConfig({ upstreams: upstreams.join(', ') }, {}, 'h').upstreams, upstreams);
+});
+
 test('parseConfig: each bad value names its flag, itself and the rule', () => {
   assert.match(why({ ewp: '0' }), '--ewp "0": must be an integer from 1 to 65535');
   assert.match(why({ ewp: 'x' }), 'must be an integer');
@@ -45,7 +50,11 @@ test('parseConfig: each bad value names its flag, itself and the rule', () => {
   assert.match(why({ register: '172.16.0.1/26' }), 'host bits');
   assert.match(why({ register: 'sometimes' }), 'must be wait, auto or a subnet');
   assert.match(why({ mdns: 'maybe' }), 'must be on or off');
-  assert.match(why({ upstreams: 'one.one' }), 'must be IPv4 addresses');
+  for (const bad of ['one.one', '192.0.2.1:0', '192.0.2.1:65536', '[2001:db8::1', '2001:db8::1]:53'])
+    assert.match(
+      why({ upstreams: `192.0.2.2,${bad}` }),
+      `--upstreams "${bad}": must be ADDRESS or ADDRESS:PORT, with IPv6 [ADDRESS]:PORT`,
+    );
   assert.match(why({ root: 'edgeway' }), '--root');
   assert.match(why({ 'presence-ttl': '1' }), 'from 2 to 3600');
   assert.match(why({}, { EDGEWAY_LOG_LEVEL: 'loud' }), '--log-level "loud"');

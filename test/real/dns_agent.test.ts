@@ -127,12 +127,12 @@ test('other names go to the server that --upstreams says, and its answers come b
   const { netns } = lab.node(1);
   const upstream = spawn('ip', [
     ...['netns', 'exec', netns, 'dnsmasq', '--keep-in-foreground', '--conf-file=/dev/null', '--no-resolv'],
-    ...['--local=/test/', '--no-hosts', '--listen-address=127.0.0.9', '--bind-interfaces'],
-    ...['--pid-file=', '--user=root', '--host-record=www.example.test,192.0.2.80'],
+    ...['--local=/test/', '--no-hosts', '--listen-address=127.0.0.9', '--port=5300'],
+    ...['--bind-interfaces', '--pid-file=', '--user=root', '--host-record=www.example.test,192.0.2.80'],
   ]);
   const ended = new Promise<void>((resolve) => upstream.once('close', () => resolve()));
   try {
-    const node = await lab.startAgent(1, ['--register', 'auto', '--upstreams', '127.0.0.9'], '');
+    const node = await lab.startAgent(1, ['--register', 'auto', '--upstreams', '127.0.0.9:5300'], '');
     const bridge = await bridgeAddress();
     const dig = async (...what: string[]): Promise<string> =>
       (await lab.exec(netns, ['dig', '+tries=3', '+time=5', `@${bridge}`, ...what])).stdout;

@@ -5,8 +5,9 @@ import { decode, encode } from 'dns-packet';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { frame } from '../../../coordinator/io/dns_sockets.ts';
-import { createForwarder, type Forwarder, parseUpstream } from '../../../edge/io/dns_upstream.ts';
+import { createForwarder, type Forwarder } from '../../../edge/io/dns_upstream.ts';
 import { adoptAnswer, parseQuery, type Query } from '../../../edge/resolver/message.ts';
+import { parseUpstream } from '../../../edge/resolver/upstream.ts';
 import { DNS_CACHE_BYTES_MAX, DNS_CACHE_ENTRIES_MAX, DNS_UPSTREAM_PENDING_MAX } from '../../../src/limits.ts';
 import { SILENT } from '../../../src/log.ts';
 
