@@ -61,7 +61,10 @@ interface Figures {
   readonly wrong_answers: number;
   /** From the request that makes a service to its first answer on each of three nodes. */
   readonly propagation_p50_ms: number;
+  readonly propagation_p99_ms: number;
   readonly propagation_max_ms: number;
+  /** From the request that deletes it to the first "there is none" of each. */
+  readonly gone_max_ms: number;
 }
 
 const addressOf = (service: number, policy: number): string =>
@@ -208,7 +211,12 @@ async function askOnce(port: number, name: string, limitMs: number): Promise<str
 }
 
 type Peer = Pick<Figures, 'peer_qps' | 'peer_p99_ms' | 'peer_cpu_us'>;
-type Spread = Pick<Figures, 'propagation_p50_ms' | 'propagation_max_ms'>;
+type Spread = Pick<
+  Figures,
+  'propagation_p50_ms' | 'propagation_p99_ms' | 'propagation_max_ms' | 'gone_max_ms'
+>;
+/** What bench_dns_watch.ts prints. */
+type Watched = Readonly<Record<'seen' | 'gone', Readonly<Record<string, number>>>>;
 type Own = Omit<Figures, 'peer' | 'ratio' | keyof Peer | keyof Spread>;
 
 async function peer(port: number): Promise<Peer> {
@@ -349,7 +357,7 @@ async function propagation(runtime: Runtime): Promise<Spread> {
     await lab.startAll();
     const nameOf = (i: number): string => `app.ns.new${i}.v1.any.closest.local`;
     const names = Array.from({ length: count }, (_, i) => nameOf(i));
-    const watchers: { readonly child: ChildProcess; readonly seen: Promise<Record<string, number>> }[] = [];
+    const watchers: { readonly child: ChildProcess; readonly told: Promise<Watched> }[] = [];
     for (const index of [1, 2, 3]) {
       const subnet = await until(`node ${index} has a subnet`, 20_000, async () => {
         const { body } = await lab.api(index, 'GET', '/api/v1/status');
@@ -361,7 +369,7 @@ async function propagation(runtime: Runtime): Promise<Spread> {
       const child = start(['ip', 'netns', 'exec', lab.node(index).netns, ...node, bridge, '60000', ...names]);
       const lines = createInterface({ input: child.stdout! })[Symbol.asyncIterator]();
       await lines.next();
-      watchers.push({ child, seen: lines.next().then(({ value }) => JSON.parse(String(value))) });
+      watchers.push({ child, told: lines.next().then(({ value }) => JSON.parse(String(value))) });
     }
     // By now every node has asked for each of them and follows what it was told there is not.
     await sleep(1_000);
@@ -374,13 +382,31 @@ async function propagation(runtime: Runtime): Promise<Spread> {
       if (status !== 200) throw new Error(`the service ${nameOf(i)} was refused with ${status}`);
       await sleep(50);
     }
+    await sleep(1_000);
+    const deleted: number[] = [];
+    for (let i = 0; i < count; i++) {
+      deleted.push(Date.now());
+      const service = nameOf(i).split('.').slice(0, 4).join('.');
+      const { status } = await lab.api(1, 'DELETE', `/api/v1/services/${service}`);
+      if (status !== 200) throw new Error(`the deletion of ${service} was refused with ${status}`);
+      await sleep(50);
+    }
     const delays: number[] = [];
-    for (const { seen } of watchers) {
-      const first = await seen;
-      for (let i = 0; i < count; i++) delays.push((first[nameOf(i)] ?? Number.POSITIVE_INFINITY) - made[i]!);
+    const ends: number[] = [];
+    for (const { told } of watchers) {
+      const { seen, gone } = await told;
+      for (let i = 0; i < count; i++) {
+        delays.push((seen[nameOf(i)] ?? Number.POSITIVE_INFINITY) - made[i]!);
+        ends.push((gone[nameOf(i)] ?? Number.POSITIVE_INFINITY) - deleted[i]!);
+      }
     }
     delays.sort((a, b) => a - b);
-    return { propagation_p50_ms: delays[delays.length >> 1]!, propagation_max_ms: delays.at(-1)! };
+    return {
+      propagation_p50_ms: delays[delays.length >> 1]!,
+      propagation_p99_ms: delays[Math.ceil(0.99 * delays.length) - 1]!,
+      propagation_max_ms: delays.at(-1)!,
+      gone_max_ms: Math.max(...ends),
+    };
   } finally {
     await lab.down();
   }
@@ -406,7 +432,7 @@ try {
     };
     results.push(figures);
     console.log(
-      `${runtime.padEnd(5)} ${figures.qps} q/s per core, dnsmasq ${figures.peer_qps} (ratio ${figures.ratio}) · ${figures.cpu_us} µs of processor per query (dnsmasq ${figures.peer_cpu_us}), ${figures.qps_per_cpu_second} a second · at ${figures.rate} q/s p50 ${figures.p50_ms} ms, p99 ${figures.p99_ms} ms (dnsmasq ${figures.peer_p99_ms}) · ${figures.updates} updates, ${figures.checked} answers checked, ${figures.wrong_answers} wrong, ${figures.lost} lost · a new name on 3 nodes after ${figures.propagation_p50_ms} ms (median), ${figures.propagation_max_ms} ms (worst)`,
+      `${runtime.padEnd(5)} ${figures.qps} q/s per core, dnsmasq ${figures.peer_qps} (ratio ${figures.ratio}) · ${figures.cpu_us} µs of processor per query (dnsmasq ${figures.peer_cpu_us}), ${figures.qps_per_cpu_second} a second · at ${figures.rate} q/s p50 ${figures.p50_ms} ms, p99 ${figures.p99_ms} ms (dnsmasq ${figures.peer_p99_ms}) · ${figures.updates} updates, ${figures.checked} answers checked, ${figures.wrong_answers} wrong, ${figures.lost} lost · a new name on 3 nodes after ${figures.propagation_p50_ms} ms (median), ${figures.propagation_max_ms} ms (worst), a deleted one gone from them after ${figures.gone_max_ms} ms (worst)`,
     );
   }
   if (values.json !== undefined)

@@ -1,5 +1,6 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
+import { unpacked } from './debian.ts';
 import { type Client, DnsLab, must, until } from './dns_lab.ts';
 
 const NAME = 'shop.prod.cart.v1.any.closest.local';
@@ -124,8 +125,10 @@ test('avahi-resolve finds a seven-label name by multicast, and a goodbye takes i
   });
 });
 
-test('avahi-resolve finds a two-label alias on a LAN, and not the names of the bridge', async () => {
-  const visitor = await lab.client(2);
+test('avahi-resolve and getent find a two-label alias on a LAN, avahi not the names of the bridge', async () => {
+  const root = await unpacked('libnss-mdns');
+  const hosts = 'hosts: files mdns4_minimal [NOTFOUND=return] dns\n';
+  const visitor = await lab.client(2, { 'nsswitch.conf': hosts });
   await visitor.avahi();
   await withResolver({ alias: 'cart.local' }, async (talker) => {
     await until('the alias to be held', async () => {
@@ -133,6 +136,11 @@ test('avahi-resolve finds a two-label alias on a LAN, and not the names of the b
       return told.counters['mdns_alias_held'] === 1;
     });
     assert.match((await visitor.run(['avahi-resolve', '-4', '-n', 'cart.local'])).stdout, '172.16.0.65');
+    // Asks for every family, and must not wait for the one that there is not (5 s).
+    const library = `LD_LIBRARY_PATH=${root}/lib/x86_64-linux-gnu`;
+    const ran = await visitor.run(['env', library, 'getent', 'ahosts', 'cart.local']);
+    assert.match(ran.stdout, '172.16.0.65');
+    assert.ok(ran.ms < 4_500, `${Math.round(ran.ms)} ms`);
     assert.is((await visitor.run(['avahi-resolve', '-4', '-n', NAME], { limitMs: 15_000 })).stdout, '');
   });
 });

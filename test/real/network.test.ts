@@ -315,6 +315,35 @@ test('unchanged resolvers: getent, dig over UDP and TCP, AAAA, and names that ar
   assert.match(outside.stdout, /status: NXDOMAIN/);
 });
 
+test('a new service resolves on every node that asked for it, a deleted one on none; no address of a node is denied', async () => {
+  const brief = 'shop.prod.brief.v1';
+  const bridges = await Promise.all(
+    lab.nodes.map(async ({ index }) => {
+      const { body } = await lab.api(index, 'GET', '/api/v1/status');
+      return String(body.subnet).replace(/\d+\/\d+$/, (end) => String(Number.parseInt(end, 10) + 1));
+    }),
+  );
+  const statuses = (...question: string[]): Promise<string[]> =>
+    Promise.all(
+      lab.nodes.map(async ({ netns }, i) => {
+        const dig = ['dig', '+tries=1', '+time=3', `@${bridges[i]}`, ...question];
+        return /status: (\w+)/.exec((await lab.exec(netns, dig)).stdout)?.[1] ?? 'none';
+      }),
+    );
+  const everywhere = (status: string): Promise<true> =>
+    until(`${status} on every node`, 10_000, async () =>
+      (await statuses(`${brief}.any.closest.local`)).every((said) => said === status) ? true : undefined,
+    );
+  assert.equal(await statuses(`${brief}.any.closest.local`), ['NXDOMAIN', 'NXDOMAIN', 'NXDOMAIN']);
+  assert.is((await lab.api(1, 'POST', '/api/v1/services', descriptor(brief, []))).status, 200);
+  await everywhere('NOERROR');
+  assert.is((await lab.api(2, 'DELETE', `/api/v1/services/${brief}`)).status, 200);
+  await everywhere('NXDOMAIN');
+  const { items } = (await lab.api(1, 'GET', '/api/v1/instances')).body;
+  for (const address of [...bridges, ...items.map((one: { namespaceIp: string }) => one.namespaceIp)])
+    assert.equal(await statuses('-x', address), ['NOERROR', 'NOERROR', 'NOERROR'], address);
+});
+
 test('bad requests: unknown container, double deploy, number taken elsewhere, unknown namespace, names outside the grammar', async () => {
   const deploy = {
     containerId: 'cart-3',
