@@ -429,7 +429,7 @@ test('the edgeway command lists, resolves and speaks JSON', async () => {
   const api = ['--api', `unix:${lab.node(1).apiSocket}`];
   const cli = (...args: string[]) => run(lab.command(...args, ...api));
   const nodes = await cli('get', 'nodes');
-  assert.match(nodes.stdout, /n1\s+default\s+10\.77\.0\.1:4790\s+172\.18\.0\.64\/26/);
+  assert.match(nodes.stdout, /n1\s+default\s+10\.77\.0\.1:4790\s+no\s+172\.18\.0\.64\/26/);
   const instances = JSON.parse((await cli('get', 'instances', SERVICE, '-o', 'json')).stdout);
   assert.is(instances.items.length, 3);
   const resolved = await cli('resolve', name('roundrobin'));
