@@ -1,3 +1,6 @@
+import process from 'node:process';
+import { setFlagsFromString } from 'node:v8';
+import { runInNewContext } from 'node:vm';
 import { type DecodedPacket, decode, encode, type Packet } from 'dns-packet';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
@@ -69,6 +72,7 @@ function query(
 }
 const A = [{ name: CART_ANY, type: 'A' }];
 const QU = [{ name: CART_ANY, type: 'A', qu: true }];
+const FIXED = 'shop.prod.cart.v1.2.fixed.local';
 const ANSWER = `A ${CART_ANY} 120 flush 172.30.0.2 + NSEC ${CART_ANY} 120 flush A,SRV`;
 const MULTICAST = `multicast aa id 0 q 0: ${ANSWER}`;
 
@@ -334,15 +338,14 @@ test('changed announces a new address once more and forgets announcements of wha
 
 test('changed says goodbye to the name of a single instance only when it was asked for', () => {
   const { table, mdns, said } = bench();
-  const fixed = 'shop.prod.cart.v1.2.fixed.local';
   mdns.changed([CART], 0);
   mdns.handleTimeout(1_000);
-  mdns.handleQuery(query([{ name: fixed, type: 'A' }]), PEER, 1_500);
+  mdns.handleQuery(query([{ name: FIXED, type: 'A' }]), PEER, 1_500);
   said();
   table.deleteInstance(CART, 1);
   table.deleteInstance(CART, 2);
   mdns.changed([CART], 3_000);
-  assert.equal(said(), [`multicast aa id 0 q 0: A ${fixed} 0 172.30.1.2; NSEC ${fixed} 0 A,SRV`]);
+  assert.equal(said(), [`multicast aa id 0 q 0: A ${FIXED} 0 172.30.1.2; NSEC ${FIXED} 0 A,SRV`]);
   table.putInstance(instance(CART, 2, '172.16.0.130', '172.30.1.2'));
   mdns.changed([CART], 4_000);
   assert.equal(said(), []);
@@ -418,8 +421,16 @@ test('handleQuery bounds what one message and one second can make it send', () =
   assert.is(said().length, 1);
 });
 
-test('handleQuery and handleResponse survive 20,000 mutated messages without growth', () => {
-  const { mdns, said } = bench();
+test('handleQuery and handleResponse survive 100,000 mutated messages without growth or a wrong answer', () => {
+  const { mdns } = bench();
+  setFlagsFromString('--expose-gc');
+  const collect = runInNewContext('gc') as () => void;
+  const heldMiB = (): number => {
+    collect();
+    return process.memoryUsage().heapUsed / 2 ** 20;
+  };
+  let before = 0;
+  let records = 0;
   const rng = new Rng(3);
   const seeds = [
     encode({
@@ -430,7 +441,7 @@ test('handleQuery and handleResponse survive 20,000 mutated messages without gro
     encode({
       type: 'query',
       flags: 0x0200,
-      questions: [{ name: 'shop.prod.cart.v1.2.fixed.local', type: 'SRV' }],
+      questions: [{ name: FIXED, type: 'SRV' }],
     }),
     encode({
       type: 'response',
@@ -439,7 +450,9 @@ test('handleQuery and handleResponse survive 20,000 mutated messages without gro
       ],
     }),
   ];
-  for (let i = 0; i < 20_000; i++) {
+  for (let i = 0; i < 100_000; i++) {
+    // By then everything that is bounded is full.
+    if (i === 20_000) before = heldMiB();
     const message = Buffer.from(seeds[i % 3]!);
     for (let k = rng.below(4); k >= 0; k--) message[rng.below(message.length)] = rng.below(256);
     let packet: DecodedPacket;
@@ -451,9 +464,19 @@ test('handleQuery and handleResponse survive 20,000 mutated messages without gro
     if (packet.type === 'query') mdns.handleQuery(packet, i % 2 ? PEER : LEGACY, i);
     else mdns.handleResponse(packet, i);
     mdns.handleTimeout(i);
-    said();
+    for (let out = mdns.poll(); out !== undefined; out = mdns.poll())
+      for (const record of [...(out.packet.answers ?? []), ...(out.packet.additionals ?? [])]) {
+        records++;
+        const { name, type } = record;
+        const lower = name.toLowerCase();
+        assert.ok(lower === CART_ANY || lower === FIXED, name);
+        if (type === 'A') assert.is(record.data, lower === FIXED ? '172.30.1.2' : '172.30.0.2');
+        else assert.ok(type === 'SRV' || (type as string) === 'NSEC', type);
+      }
   }
-  assert.ok(mdns.counters['mdns_multicast']! > 0);
+  assert.ok(records > 1_000, `${records} of the mutants' questions were answered`);
+  const grown = heldMiB() - before;
+  assert.ok(grown < 8, `${grown} MiB more`);
 });
 
 test.run();
