@@ -96,6 +96,7 @@ export function start(
     max: INTERESTS_MAX,
     now: () => clock.monotonicMs(),
     ownerOf: async (address) => (await ownerOf(kv, keys, address))?.service,
+    subnetTaken: async (subnet) => (await kv.get(keys.build({ kind: 'subnet', subnet }))) !== undefined,
   };
   const routes = new RouteFollower({ keys, open, after, ...(more.interest === true ? { interest } : {}) });
   const agent = new Agent({
