@@ -1,5 +1,5 @@
-// Bundles the command and Kudo's library for shipping: dist/ is a package for Node that needs nothing but koffi beside
-// it. Deno is not served: it runs the sources as they are. etcd3 and Kudo's service read their .proto files from beside
+// Bundles the command and Kudo's library, with its types in one file, for shipping: dist/ is a package for Node that
+// needs nothing but koffi beside it. Deno is not served: it runs the sources as they are. etcd3 and Kudo's service read their .proto files from beside
 // the bundle's parent, so they are copied there.
 import { cpSync, writeFileSync } from 'node:fs';
 import { defineConfig } from 'tsup';
@@ -10,7 +10,10 @@ const { name, version, description, license, engines, dependencies } = packageJs
 const shipped = {
   ...{ name, version, description, license, type: 'module', engines },
   bin: { edgeway: './bin/edgeway.js' },
-  exports: { './kudo': './bin/kudo.js', './kudo/network.proto': './kudo/network.proto' },
+  exports: {
+    './kudo': { types: './bin/kudo.d.ts', default: './bin/kudo.js' },
+    './kudo/network.proto': './kudo/network.proto',
+  },
   dependencies: { koffi: dependencies.koffi },
 };
 
@@ -27,7 +30,8 @@ export default defineConfig({
   splitting: true,
   minify: true,
   clean: true,
-  dts: false,
+  // tsup sets `baseUrl`, which TypeScript 6 refuses unless it is told to let old options pass.
+  dts: { entry: { kudo: 'edge/kudo/mod.ts' }, compilerOptions: { ignoreDeprecations: '6.0' } },
   shims: true,
   external: ['koffi'],
   noExternal: [/^(?!koffi$)/],

@@ -1,6 +1,6 @@
 // What `npm run build` makes, as it is shipped: in a directory far from this checkout, with koffi and nothing else in
 // node_modules, under Node. Deno runs the sources and needs no bundle.
-import { cpSync, readdirSync, readFileSync } from 'node:fs';
+import { cpSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { suite } from 'uvu';
@@ -30,6 +30,8 @@ test.before(async () => {
     ...readdirSync(join(root, 'node_modules/@koromix')).map((one) => `@koromix/${one}`),
   ])
     cpSync(join(root, 'node_modules', name), join(there, 'node_modules', name), { recursive: true });
+  mkdirSync(join(lab.dir, 'consumer/node_modules'), { recursive: true });
+  symlinkSync(there, join(lab.dir, 'consumer/node_modules/edgeway'));
 });
 test.after(async () => {
   await lab?.down();
@@ -67,10 +69,65 @@ test('edgeway.js: an agent registers with an etcd of its own, attaches an instan
   assert.is(node.agent.exitCode, 0, lab.tail(node));
 });
 
-test("kudo.js: is Kudo's library", async () => {
-  const source = `console.log(Object.keys(await import(${JSON.stringify(join(lab.dir, 'shipped/bin/kudo.js'))})).join())`;
-  const { stdout, stderr } = await run([lab.command()[0]!, '--input-type=module', '-e', source]);
-  assert.match(stdout, 'setupNode', stderr);
+/** Runs a program of somebody who depends on the package. */
+async function consume(...argv: readonly string[]): Promise<{ status: number; said: string }> {
+  const { status, stdout, stderr } = await run(['env', '-C', join(lab.dir, 'consumer'), ...argv]);
+  return { status, said: stdout + stderr };
+}
+
+test("edgeway/kudo: is Kudo's library", async () => {
+  const source = "console.log(Object.keys(await import('edgeway/kudo')).join())";
+  const { said } = await consume(lab.command()[0]!, '--input-type=module', '-e', source);
+  assert.match(said, 'setupNode');
+});
+
+test('edgeway/kudo: its types take the records of the contract and refuse others, with nothing else installed', async () => {
+  const write = (file: string, text: string): void => writeFileSync(join(lab.dir, 'consumer', file), text);
+  write('package.json', '{"type":"module"}');
+  const peer = "{ nodeId: 'b', nodeIp: { clusterIpCidr: '10.0.1.1/24', externalIpAddr: '10.99.0.2' } }";
+  const named = "nodeId: 'a', nodeIpAddr: '10.0.0.1', instanceId: 'i', instanceIpCidr: '10.0.0.2/24'";
+  write(
+    'right.ts',
+    `import * as kudo from 'edgeway/kudo';
+import { EdgewayError, type ErrorCode, type Kudo, type NodeRequest } from 'edgeway/kudo';
+const peer: NodeRequest = ${peer};
+const node: { interfaceName: string } = await kudo.setupNode({ nodeId: 'a', nodeIpCidr: '10.0.0.1/24', nodesIps: [peer] });
+await kudo.setupIptables({ nodeId: 'a' });
+await kudo.addOtherNodes([peer]);
+await kudo.newNodeInCluster(peer);
+await kudo.deleteNodeInCluster(peer);
+const ports: readonly kudo.Port[] = [{ source: 80, destination: 8080 }, { source: 53, destination: 53, protocol: 'udp' }];
+const made: { interfaceName: string; namespaceName: string } = await kudo.setupInstance({ ${named}, ports });
+const same: boolean = kudo.getNamespaceName('i') === made.namespaceName;
+await kudo.cleanInstance({ instanceId: 'i', ports, instanceIpCidr: '10.0.0.2/24' });
+await kudo.cleanNode({ nodeId: 'a' }).catch((error: unknown): ErrorCode | undefined =>
+  error instanceof EdgewayError ? error.code : undefined);
+export const all: [typeof node, boolean, Pick<Kudo, 'setupNode'>] = [node, same, kudo];
+`,
+  );
+  write(
+    'wrong.ts',
+    `import * as kudo from 'edgeway/kudo';
+await kudo.setupNode({ nodeId: 'a', nodeIpCidr: '10.0.0.1/24' });
+await kudo.setupInstance({ ${named}, ports: [80] });
+await kudo.addOtherNodes([{ nodeId: 'b' }]);
+await kudo.cleanNode({ node_id: 'a' });
+(await kudo.setupInstance({ ${named}, ports: [] })).interface_name;
+`,
+  );
+  const tsc = (file: string) =>
+    consume(
+      ...[lab.command()[0]!, join(root, 'node_modules/typescript/bin/tsc'), '--noEmit', '--pretty', 'false'],
+      ...['--strict', '--skipLibCheck', 'false', '--module', 'nodenext', '--moduleResolution', 'nodenext'],
+      ...['--target', 'es2022', '--lib', 'es2022', file],
+    );
+  assert.equal(await tsc('right.ts'), { status: 0, said: '' });
+  const { said } = await tsc('wrong.ts');
+  assert.equal(
+    [...said.matchAll(/^wrong\.ts\((\d+),/gm)].map(([, line]) => Number(line)),
+    [2, 3, 4, 5, 6],
+    said,
+  );
 });
 
 test.run();
