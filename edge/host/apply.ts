@@ -63,25 +63,39 @@ export async function clear(host: Host, actions: readonly Action[]): Promise<voi
   if (first !== undefined) throw first;
 }
 
-/** Neighbouring `ip` commands of one namespace go to one `ip -batch`, which stops at the first refusal. */
+/** Neighbouring `ip` commands of one namespace go to one `ip -batch`, which stops at the first refusal; neighbouring
+ *  switches of one namespace that get the same value, to one `tee`. */
 function grouped(plan: Plan): readonly (readonly Step[])[] {
   const groups: Step[][] = [];
   for (const step of plan) {
     const group = groups.at(-1);
-    const last = group?.at(-1)?.act;
-    const joins =
-      last?.kind === 'ip' && step.act.kind === 'ip' && last.netns === step.act.netns && !step.lenient;
-    if (group !== undefined && joins && !group[0]?.lenient) group.push(step);
+    const last = group?.at(-1);
+    if (group !== undefined && last !== undefined && joins(last, step)) group.push(step);
     else groups.push([step]);
   }
   return groups;
 }
 
+function joins(last: Step, { act, lenient }: Step): boolean {
+  if (last.lenient || lenient) return false;
+  if (last.act.kind === 'ip') return act.kind === 'ip' && last.act.netns === act.netns;
+  if (last.act.kind !== 'sysctl' || act.kind !== 'sysctl') return false;
+  return last.act.netns === act.netns && last.act.value === act.value;
+}
+
 async function perform(host: Host, group: readonly Step[]): Promise<void> {
   const [first] = group;
   if (first === undefined) return;
-  if (first.act.kind !== 'ip' || group.length === 1)
-    return await one(host, first.act, first.lenient ?? false);
+  if (group.length === 1) return await one(host, first.act, first.lenient ?? false);
+  if (first.act.kind === 'sysctl') {
+    const paths = group.map((step) => (step.act.kind === 'sysctl' ? step.act.path : ''));
+    const result = await setSwitches(host, first.act, paths);
+    if (result.status === 0) return;
+    // "tee: /proc/sys/net/…: Permission denied"
+    const at = paths.findIndex((path) => result.stderr.includes(`/${path}:`));
+    throw refused((group[at] ?? first).act, result);
+  }
+  if (first.act.kind !== 'ip') return;
   const lines = group.map((step) => (step.act.kind === 'ip' ? step.act.args : ''));
   const result = await host.runner.run(
     [...enter(first.act.netns), 'ip', '-batch', '-'],
@@ -124,15 +138,27 @@ function command({ runner }: Host, action: CommandAction): Promise<CommandResult
     case 'ip':
       return runner.run([...enter(action.netns), 'ip', ...action.args.split(' ')]);
     case 'sysctl':
-      return runner.run([...enter(action.netns), 'tee', `/proc/sys/${action.path}`], action.value);
+      return setSwitches({ runner }, action, [action.path]);
     case 'nft':
       // nft opens /dev/stdin by name, which fails for the socket pair that Node makes of a pipe.
       return runner.run(['sh', '-c', 'cat | nft -f -'], action.ruleset);
     case 'iptables':
       return runner.run(['iptables', '-w', '10', ...action.args.split(' ')]);
+    case 'iptablesRestore': {
+      const table = ['*filter', ...action.lines, 'COMMIT', ''].join('\n');
+      return runner.run(['iptables-restore', '-w', '10', '--noflush'], table);
+    }
     case 'run':
       return runner.run(action.argv);
   }
+}
+
+function setSwitches(
+  { runner }: Pick<Host, 'runner'>,
+  { netns, value }: CommandAction & { readonly kind: 'sysctl' },
+  paths: readonly string[],
+): Promise<CommandResult> {
+  return runner.run([...enter(netns), 'tee', ...paths.map((path) => `/proc/sys/${path}`)], value);
 }
 
 /** Only the network namespace is entered: /proc/sys/net follows it, files stay the host's. */

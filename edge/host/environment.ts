@@ -12,7 +12,6 @@ import { type Foreign, Observer } from './observe.ts';
 import {
   chainOf,
   checkLinkName,
-  iptablesClean,
   linkName,
   type Observed,
   type Plan,
@@ -527,30 +526,34 @@ export class Environment {
 
   async #observeNode(node: NodeState): Promise<Observed> {
     const observer = this.#observer;
-    const forward = await observer.sysctl('net/ipv4/ip_forward');
+    const [forward, links, carried, addresses, ipv6, tableExists, iptables] = await Promise.all([
+      observer.sysctl('net/ipv4/ip_forward'),
+      observer.links(),
+      node.carrier === undefined ? [] : observer.carried(node.carrier.device),
+      observer.addresses(),
+      observer.hasIpv6(),
+      observer.succeeds(['nft', 'list', 'table', 'inet', node.table]),
+      this.#observeIptables(node.bridge),
+    ]);
     if (forward === undefined)
       throw new EdgewayError('host_unsupported', 'this kernel has no net.ipv4.ip_forward');
     return {
-      links: new Map((await observer.links()).map((link) => [link.ifname, link.mtu])),
-      carried: node.carrier === undefined ? [] : await observer.carried(node.carrier.device),
-      bridgeAddresses: (await observer.addresses()).get(node.bridge) ?? [],
+      links: new Map(links.map((link) => [link.ifname, link.mtu])),
+      carried,
+      bridgeAddresses: addresses.get(node.bridge) ?? [],
       forward,
-      ipv6: await observer.hasIpv6(),
-      tableExists: await observer.succeeds(['nft', 'list', 'table', 'inet', node.table]),
-      iptables: await this.#observeIptables(node.bridge),
+      ipv6,
+      tableExists,
+      iptables,
     };
   }
 
   async #observeIptables(bridge: string): Promise<Observed['iptables']> {
-    const chain = chainOf(bridge);
     const found = await this.#host.runner.run(
-      `iptables -w 10 -C FORWARD -m comment --comment edgeway -j ${chain}`.split(' '),
+      `iptables -w 10 -C FORWARD -m comment --comment edgeway -j ${chainOf(bridge)}`.split(' '),
     );
     if (found.status === 0) return 'present';
-    if (found.status === 127) return 'not-installed';
-    // The chain without its jump: somebody flushed FORWARD.
-    await clear(this.#host, iptablesClean(bridge));
-    return 'absent';
+    return found.status === 127 ? 'not-installed' : 'absent';
   }
 
   /** `identity` is empty for a namespace that is to be made. */

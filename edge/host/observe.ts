@@ -50,13 +50,16 @@ export class Observer {
 
   /** Prefixes of every route and address, except those on the links that `ours` names and the loopback's. */
   async prefixes(ours: (link: string) => boolean): Promise<readonly Foreign[]> {
-    const routes = await this.#json(routeSchema, ['ip', '-j', '-4', 'route', 'show', 'table', 'all']);
+    const [routes, addresses] = await Promise.all([
+      this.#json(routeSchema, ['ip', '-j', '-4', 'route', 'show', 'table', 'all']),
+      this.addresses(),
+    ]);
     const found: (Foreign | undefined)[] = [];
     for (const { dst, dev, type } of routes)
       if (dst !== 'default' && type !== 'multicast' && dev !== 'lo' && !(dev !== undefined && ours(dev)))
         found.push(foreign(dst, dev ?? type ?? 'a route', false));
-    for (const [link, addresses] of await this.addresses())
-      if (link !== 'lo' && !ours(link)) found.push(...addresses.map((one) => foreign(one, link, true)));
+    for (const [link, held] of addresses)
+      if (link !== 'lo' && !ours(link)) found.push(...held.map((one) => foreign(one, link, true)));
     return found.filter((one) => one !== undefined);
   }
 

@@ -14,6 +14,8 @@ export type CommandAction =
   | { readonly kind: 'sysctl'; readonly netns?: string; readonly path: string; readonly value: string }
   | { readonly kind: 'nft'; readonly ruleset: string }
   | { readonly kind: 'iptables'; readonly args: string }
+  /** Lines for the table `filter`, in one transaction. */
+  | { readonly kind: 'iptablesRestore'; readonly lines: readonly string[] }
   | { readonly kind: 'run'; readonly argv: readonly string[] };
 
 export type FileAction =
@@ -251,17 +253,18 @@ const DOCKER_LINKS = ['docker+', 'br-+'];
 /** Room for us in `FORWARD`. */
 export function planIptables(node: NodeState): Plan {
   const chain = chainOf(node.bridge);
-  const undo = iptablesClean(node.bridge);
-  const rule = (match: string, verdict: 'ACCEPT' | 'RETURN'): Step =>
-    step({ kind: 'iptables', args: `-A ${chain} ${match} -m comment --comment edgeway -j ${verdict}` });
+  const rule = (match: string, verdict: 'ACCEPT' | 'RETURN'): string =>
+    `-A ${chain} ${match} -m comment --comment edgeway -j ${verdict}`;
   const own = ownLinks(node);
-  return [
-    step({ kind: 'iptables', args: `-N ${chain}` }, ...undo),
+  const lines = [
+    // Made, or emptied where it outlived its jump because somebody flushed FORWARD.
+    `:${chain} - [0:0]`,
     ...own.map((link) => rule(`-o ${link}`, 'ACCEPT')),
     ...DOCKER_LINKS.map((link) => rule(`-i ${node.bridge} -o ${link}`, 'RETURN')),
     ...own.map((link) => rule(`-i ${link}`, 'ACCEPT')),
-    step({ kind: 'iptables', args: `-I FORWARD -m comment --comment edgeway -j ${chain}` }),
+    `-I FORWARD -m comment --comment edgeway -j ${chain}`,
   ];
+  return [step({ kind: 'iptablesRestore', lines }, ...iptablesClean(node.bridge))];
 }
 
 export function iptablesClean(bridge: string): readonly Action[] {
@@ -418,6 +421,8 @@ export function formatAction(action: Action): string {
       return `nft\n${body(action.ruleset)}`;
     case 'iptables':
       return `iptables ${action.args}`;
+    case 'iptablesRestore':
+      return `iptables-restore\n${body(action.lines.join('\n'))}`;
     case 'run':
       return action.argv.join(' ');
     case 'writeInPlace':

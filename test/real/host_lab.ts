@@ -4,6 +4,7 @@
 //
 // …-o has no route to 172.16.0.0/12: an answer from it proves the masquerade.
 import { type ChildProcess, spawn } from 'node:child_process';
+import { existsSync, readdirSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -29,6 +30,12 @@ export async function must(...argv: readonly string[]): Promise<string> {
   const result = await hostRunner.run(argv);
   if (result.status !== 0) throw new Error(`${argv.join(' ')}: ${result.stderr.trim()}`);
   return result.stdout;
+}
+
+/** `ip` commands in a namespace, one program for all of them. */
+export async function ipBatch(netns: string, ...lines: readonly string[]): Promise<void> {
+  const result = await hostRunner.run(['ip', '-n', netns, '-batch', '-'], `${lines.join('\n')}\n`);
+  if (result.status !== 0) throw new Error(`${netns}: ${result.stderr.trim()}`);
 }
 
 /** Node for programs in namespaces, whichever runtime runs the test. */
@@ -129,42 +136,35 @@ export function within(netns: string): Runner {
 }
 
 export class HostLab {
-  readonly prefix = `ewD${process.pid}`;
-  readonly host = `${this.prefix}-h`;
-  readonly outside = `${this.prefix}-o`;
+  readonly prefix: string;
+  readonly host: string;
+  readonly outside: string;
   readonly dir: string;
   readonly runner: Runner;
   readonly #namespaces: string[] = [];
 
-  private constructor(dir: string) {
+  private constructor(dir: string, label: string) {
     this.dir = dir;
+    this.prefix = `ewD${process.pid}${label}`;
+    this.host = `${this.prefix}-h`;
+    this.outside = `${this.prefix}-o`;
     this.runner = within(this.host);
   }
 
-  static async up(): Promise<HostLab> {
-    const lab = new HostLab(await mkdtemp(join(tmpdir(), 'edgeway-host-')));
+  /** `label` tells the labs of one process apart. */
+  static async up(label = ''): Promise<HostLab> {
+    const lab = new HostLab(await mkdtemp(join(tmpdir(), 'edgeway-host-')), label);
     try {
       await lab.netns(lab.outside);
       await lab.netns(lab.host);
-      await must(
-        'ip',
-        '-n',
+      await ipBatch(
         lab.host,
-        'link',
-        'add',
-        'up0',
-        'type',
-        'veth',
-        'peer',
-        'down0',
-        'netns',
-        lab.outside,
+        `link add up0 type veth peer down0 netns ${lab.outside}`,
+        'addr add 10.99.0.2/24 dev up0',
+        'link set up0 up',
+        'route add default via 10.99.0.1',
       );
-      await must('ip', '-n', lab.host, 'addr', 'add', '10.99.0.2/24', 'dev', 'up0');
-      await must('ip', '-n', lab.host, 'link', 'set', 'up0', 'up');
-      await must('ip', '-n', lab.outside, 'addr', 'add', '10.99.0.1/24', 'dev', 'down0');
-      await must('ip', '-n', lab.outside, 'link', 'set', 'down0', 'up');
-      await must('ip', '-n', lab.host, 'route', 'add', 'default', 'via', '10.99.0.1');
+      await ipBatch(lab.outside, 'addr add 10.99.0.1/24 dev down0', 'link set down0 up');
     } catch (error) {
       await lab.down();
       throw error;
@@ -196,11 +196,9 @@ export class HostLab {
 
   /** Everything that could leak: of the host, of the namespaces, and files. */
   async snapshot(...namespaces: readonly string[]): Promise<string> {
-    const parts: string[] = [];
-    for (const name of [this.host, ...namespaces]) parts.push(await hostSnapshot(name, 'edgeway'));
-    parts.push((await hostRunner.run(['find', '/etc/netns', '-path', `*${this.prefix}*`])).stdout);
-    parts.push((await hostRunner.run(['find', join(this.dir, 'state')])).stdout.replace(/^.*\/state\n/, ''));
-    return parts.join('\n');
+    const hosts = await Promise.all([this.host, ...namespaces].map(hostSnapshot));
+    const resolvConfs = filesBelow('/etc/netns').filter((file) => file.startsWith(this.prefix));
+    return [...hosts, ...resolvConfs, ...filesBelow(join(this.dir, 'state'))].join('\n');
   }
 
   async down(): Promise<void> {
@@ -212,21 +210,20 @@ export class HostLab {
   }
 }
 
-/** Links, addresses, routes, rules and switches of a namespace; of the rules all, or one table and iptables'. */
-export async function hostSnapshot(netns: string, rules: 'all' | 'edgeway'): Promise<string> {
-  const commands = [
-    'ip -o link',
-    'ip -4 -o addr',
-    'ip -4 route show table all',
-    'nft list tables | sort',
-    ...(rules === 'all'
-      ? // Table by table: the kernel lists them in the order in which they were last made.
-        ['nft list tables | sort | while read -r table; do nft list $table; done']
-      : ['nft list table inet edgeway', 'nft list table bridge edgeway', 'nft list table ip filter']),
-    'cat /proc/sys/net/ipv4/ip_forward',
-  ];
-  const script = commands.map((command) => `echo "${netns}: ${command}"; ${command} 2>/dev/null`).join('; ');
-  return settled((await within(netns).run(['sh', '-c', script])).stdout);
+/** Links, addresses, routes, rules and the switch of a namespace. */
+export async function hostSnapshot(netns: string): Promise<string> {
+  const look = 'printf "link show\\naddr show\\nroute show table all\\n" | ip -4 -o -batch -';
+  const script = `${look}; cat /proc/sys/net/ipv4/ip_forward; exec nft list ruleset 2>/dev/null`;
+  const { stdout } = await within(netns).run(['sh', '-c', script]);
+  // The kernel lists tables in the order in which they were last made.
+  const [links = '', ...tables] = settled(stdout).split(/^(?=table )/m);
+  return [`${netns}:\n${links}`, ...tables.sort()].join('');
+}
+
+/** What is below a directory, which need not be there. */
+export function filesBelow(directory: string): readonly string[] {
+  if (!existsSync(directory)) return [];
+  return readdirSync(directory, { recursive: true, encoding: 'utf8' }).sort();
 }
 
 /** Without what changes by itself: carrier, queue, hardware addresses, counters. */

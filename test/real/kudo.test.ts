@@ -21,7 +21,9 @@ import {
   address,
   codeOf,
   echo,
+  filesBelow,
   hostSnapshot,
+  ipBatch,
   MTU,
   must,
   PLATFORM,
@@ -54,34 +56,24 @@ class KudoLab {
   static async up(): Promise<KudoLab> {
     const lab = new KudoLab(await mkdtemp(join(tmpdir(), 'edgeway-kudo-')));
     try {
-      for (const name of [lab.outside, ...lab.nodes]) {
-        await must('ip', 'netns', 'add', name);
-        await must('ip', '-n', name, 'link', 'set', 'lo', 'up');
-      }
-      await must('ip', '-n', lab.outside, 'link', 'add', 'switch', 'type', 'bridge');
-      await must('ip', '-n', lab.outside, 'addr', 'add', '10.99.0.254/24', 'dev', 'switch');
-      await must('ip', '-n', lab.outside, 'link', 'set', 'switch', 'up');
+      for (const name of [lab.outside, ...lab.nodes]) await must('ip', 'netns', 'add', name);
+      await ipBatch(
+        lab.outside,
+        'link set lo up',
+        'link add switch type bridge',
+        'addr add 10.99.0.254/24 dev switch',
+        'link set switch up',
+      );
       for (const [index, name] of lab.nodes.entries()) {
-        await must(
-          ...[
-            'ip',
-            '-n',
-            name,
-            'link',
-            'add',
-            'up0',
-            'type',
-            'veth',
-            'peer',
-            `d${index}`,
-            'netns',
-            lab.outside,
-          ],
+        await ipBatch(
+          name,
+          'link set lo up',
+          `link add up0 type veth peer d${index} netns ${lab.outside}`,
+          `addr add 10.99.0.${index + 1}/24 dev up0`,
+          'link set up0 up',
+          'route add default via 10.99.0.254',
         );
-        await must('ip', '-n', lab.outside, 'link', 'set', `d${index}`, 'master', 'switch', 'up');
-        await must('ip', '-n', name, 'addr', 'add', `10.99.0.${index + 1}/24`, 'dev', 'up0');
-        await must('ip', '-n', name, 'link', 'set', 'up0', 'up');
-        await must('ip', '-n', name, 'route', 'add', 'default', 'via', '10.99.0.254');
+        await ipBatch(lab.outside, `link set d${index} master switch up`);
       }
     } catch (error) {
       await lab.down();
@@ -105,13 +97,12 @@ class KudoLab {
   }
 
   async snapshot(): Promise<string> {
-    const hosts = await Promise.all(this.nodes.map((name) => hostSnapshot(name, 'all')));
+    const hosts = await Promise.all(this.nodes.map(hostSnapshot));
     // Namespaces are names of the whole machine: only those of this run, whose ids end alike.
-    const namespaces = (await must('ip', 'netns', 'list'))
-      .split('\n')
-      .filter((line) => LABELS.some((label) => line.split(' ')[0] === getNamespaceName(id(label))));
-    const state = (await hostRunner.run(['find', this.dir, '-type', 'f'])).stdout;
-    return [...hosts, ...namespaces, state].join('\n');
+    const ours = LABELS.map((label) => getNamespaceName(id(label)));
+    const namespaces = filesBelow('/run/netns').filter((name) => ours.includes(name));
+    const state = filesBelow(this.dir).filter((file) => !/^n\d$/.test(file));
+    return [...hosts, ...namespaces, ...state].join('\n');
   }
 
   async down(): Promise<void> {
@@ -198,9 +189,16 @@ test('§3.1, §3.2: traffic between nodes reaches the instance that was addresse
   await lab.serve(b2.namespaceName, 80, 'b2');
   assert.is(await ask(a1.namespaceName, '10.0.1.2', 80), 'b1 10.0.0.2');
   assert.is(await ask(a1.namespaceName, '10.0.1.3', 80), 'b2 10.0.0.2');
-  assert.is(await ask(a1.namespaceName, '10.0.1.2', 8082), '', 'a port that b1 does not have');
-  assert.is(await ask(a1.namespaceName, '10.0.1.3', 8081), '', 'a port that b2 does not have');
-  assert.is(await ask(a1.namespaceName, '10.0.1.99', 8082), '', 'an address that nobody has');
+  const nobody = [
+    ['10.0.1.2', 8082],
+    ['10.0.1.3', 8081],
+    ['10.0.1.99', 8082],
+  ] as const;
+  assert.equal(
+    await Promise.all(nobody.map(([host, port]) => ask(a1.namespaceName, host, port))),
+    ['', '', ''],
+    'neither a port that b1 does not have, nor b2, nor an address that nobody has',
+  );
   const ping = await within(a1.namespaceName).run(['busybox', 'ping', '-c', '1', '-W', '2', '10.0.1.2']);
   assert.is(ping.status, 0, 'ICMP too');
   // Another instance of the same node is a neighbour.
@@ -402,6 +400,10 @@ test('§3.7: after the default interface changed the way out is the new one, and
   await use('lte0', 'up0', '10.98.0.254');
   assert.is(await ask(a1.namespaceName, far, 7000), 'far 10.98.0.1', 'under the new address');
   assert.is(await ask(lab.outside, '10.98.0.1', 8081), 'a1 10.98.0.254', 'and in');
+  await ip(n1, 'route del default');
+  await a.setupIptables({ nodeId: 'node0' });
+  await ip(n1, 'route add default via 10.98.0.254');
+  assert.is(await ask(a1.namespaceName, far, 7000), 'far 10.98.0.1', 'none was needed meanwhile');
   await a.cleanInstance({ instanceId: id('a1') });
   await a.cleanNode({ nodeId: 'node0' });
   assert.is(await lab.snapshot(), before);
@@ -441,11 +443,13 @@ test('§3.9: rules are replaced under traffic, and no transfer is interrupted', 
 test('§3.9: whoever holds the lock of iptables is waited for', async ({ lab }) => {
   // Only the older kind of iptables has the lock; here with a file of its own.
   const lock = join(lab.dir, 'xtables.lock');
-  const legacy = ['env', `XTABLES_LOCKFILE=${lock}`, 'iptables-legacy'];
+  const legacy = ['env', `XTABLES_LOCKFILE=${lock}`];
   const host = within(lab.nodes[0]);
   const runner: Runner = {
     run: ([program = '', ...args], stdin) =>
-      host.run(program === 'iptables' ? [...legacy, ...args] : [program, ...args], stdin),
+      /^iptables(-restore)?$/.test(program)
+        ? host.run([...legacy, program.replace('iptables', 'iptables-legacy'), ...args], stdin)
+        : host.run([program, ...args], stdin),
   };
   const a = lab.kudo(0, { runner });
   const holder = await start(lab.nodes[0], 'flock', lock, 'sh', '-c', 'echo held; sleep 1');
@@ -515,12 +519,13 @@ test('§3.11: an instance that takes an address which is not its own is not hear
     const argv = ['busybox', 'ping', '-c', '1', '-W', '1', '-I', source, target];
     return (await within(a1.namespaceName).run(argv)).status;
   };
-  for (const target of ['10.0.0.3', '10.0.1.2', '10.99.0.254']) {
+  const targets = ['10.0.0.3', '10.0.1.2', '10.99.0.254'];
+  for (const target of targets)
     assert.is(await ping('10.0.0.2', target), 0, `${target} from its own address`);
-    const sent = await left();
-    assert.is.not(await ping(stolen, target), 0, target);
-    assert.ok((await left()) > sent, 'it left the instance');
-  }
+  assert.is(await left(), 0);
+  for (const status of await Promise.all(targets.map((target) => ping(stolen, target))))
+    assert.is.not(status, 0);
+  assert.ok((await left()) >= targets.length, 'they left the instance');
   assert.equal(await Promise.all(arrived.map((count) => count())), [0, 0, 0]);
 });
 
@@ -559,7 +564,8 @@ test('§3.10: ports and addresses in use are refused, with a code', async ({ lab
     await codeOf(a.setupNode({ ...node(0), nodeIpCidr: '10.0.7.1/24' })),
     /^conflict: instance "a1/,
   );
-  assert.match(await codeOf(a.setupNode({ ...node(0), nodeIpCidr: '10.0.0.0/24' })), /^invalid_request/);
+  for (const nodeIpCidr of ['10.0.0.0/24', '10.0.0.1', 'fd00::1/64', ''])
+    assert.match(await codeOf(a.setupNode({ ...node(0), nodeIpCidr })), /^invalid_request: nodeIpCidr/);
   assert.match(
     await codeOf(
       a.newNodeInCluster({
@@ -626,9 +632,11 @@ test('a frame of the carrier from an address that no peer has goes nowhere, over
     must('ip', '-n', netns, '-6', 'addr', 'add', at, 'dev', dev, 'nodad');
   await six(lab.nodes[0], 'fd00:99::1/64', 'up0');
   await six(lab.outside, 'fd00:99::fe/64', 'switch');
-  await says(lab.outside, 'udp', 'fd00:99::1', 4790, frame);
-  await says(lab.outside, 'udp', '10.99.0.1', 4790, frame);
-  await says(a1.namespaceName, 'udp', '10.99.0.1', 4790, frame);
+  await Promise.all([
+    says(lab.outside, 'udp', 'fd00:99::1', 4790, frame),
+    says(lab.outside, 'udp', '10.99.0.1', 4790, frame),
+    says(a1.namespaceName, 'udp', '10.99.0.1', 4790, frame),
+  ]);
   assert.is(await arrived(), 0);
   await says(lab.nodes[1], 'udp', '10.99.0.1', 4790, frame);
   assert.is(await arrived(), 1, 'the peer’s own');
@@ -639,18 +647,18 @@ test('setupNode repeated with other peers, another subnet and MTU: a refusal at 
 }) => {
   const third = { nodeId: 'third', nodeIp: { clusterIpCidr: '10.0.3.1/24', externalIpAddr: '10.99.0.3' } };
   const moved = { ...node(0), nodeIpCidr: '10.0.9.1/24' };
+  const healthy = lab.kudo(0);
+  const uplinkMtu = (mtu: number) => ipBatch(lab.nodes[0], `link set up0 mtu ${mtu}`);
+  await healthy.setupNode({ ...node(0), nodesIps: [peer(1)] });
+  await uplinkMtu(1400);
+  const held = await lab.snapshot();
+  const invalid = { ...third, nodeIp: { ...third.nodeIp, clusterIpCidr: '10.0.1.1/24' } };
+  assert.match(await codeOf(healthy.setupNode({ ...moved, nodesIps: [invalid] })), /^subnet_taken/);
+  assert.is(await lab.snapshot(), held, 'refused before anything moves');
   let at = 0;
   for (let finished = false; !finished; ) {
     at += 2;
     assert.ok(at < 200, 'bounded');
-    const healthy = lab.kudo(0);
-    await must('ip', '-n', lab.nodes[0], 'link', 'set', 'up0', 'mtu', '1500');
-    await healthy.setupNode({ ...node(0), nodesIps: [peer(1)] });
-    await must('ip', '-n', lab.nodes[0], 'link', 'set', 'up0', 'mtu', '1400');
-    const held = await lab.snapshot();
-    const invalid = { ...third, nodeIp: { ...third.nodeIp, clusterIpCidr: '10.0.1.1/24' } };
-    assert.match(await codeOf(healthy.setupNode({ ...moved, nodesIps: [invalid] })), /^subnet_taken/);
-    assert.is(await lab.snapshot(), held, 'refused before anything moves');
     const saboteur = new Saboteur(at, false);
     const kudo = lab.kudo(0, {
       runner: saboteur.runner(within(lab.nodes[0])),
@@ -658,8 +666,13 @@ test('setupNode repeated with other peers, another subnet and MTU: a refusal at 
     });
     const outcome = await codeOf(kudo.setupNode({ ...moved, nodesIps: [third] }));
     finished = outcome === 'ok';
-    if (!finished) assert.is(await lab.snapshot(), held, `change ${at}: ${outcome}`);
+    if (finished) break;
+    assert.is(await lab.snapshot(), held, `change ${at}: ${outcome}`);
+    // Taken back as if it had never been: the next try begins with a host that was set up once.
     await healthy.cleanNode({ nodeId: 'node0' });
+    await uplinkMtu(1500);
+    await healthy.setupNode({ ...node(0), nodesIps: [peer(1)] });
+    await uplinkMtu(1400);
   }
   assert.ok(at > 10, `only ${at} changes`);
 });
@@ -677,6 +690,7 @@ test('what a crash cut short is done when the call is repeated', async ({ lab })
       (kudo) => kudo.setupInstance(instance(0, 'a1', 2, ports)),
     ],
     ['an instance goes', async () => {}, (kudo) => kudo.cleanInstance({ instanceId: id('a1') })],
+    ['the node goes', () => a.setupNode(node(0)), (kudo) => kudo.cleanNode({ nodeId: 'node0' })],
   ];
   await a.setupNode(node(0));
   for (const [what, prepare, act] of acts) {
@@ -688,7 +702,7 @@ test('what a crash cut short is done when the call is repeated', async ({ lab })
       at += 1;
       assert.ok(at < 100, 'bounded');
       await prepare();
-      if (what === 'an instance goes') await a.setupInstance(instance(0, 'a1', 2, ports));
+      if (what.endsWith('e goes')) await a.setupInstance(instance(0, 'a1', 2, ports));
       const saboteur = new Saboteur(at, true);
       const kudo = lab.kudo(0, {
         runner: saboteur.runner(within(lab.nodes[0])),
@@ -771,6 +785,7 @@ test('two networks of ours on one host see each other’s ports, and one leaves 
 });
 
 test('a refusal at any command of setupNode or setupInstance leaves the host as it was', async ({ lab }) => {
+  const held = new Map<number, string>();
   let at = 0;
   for (let finished = false; !finished; ) {
     at += 3; // Every third: host.test.ts tries each command of the same environment manager.
@@ -781,20 +796,21 @@ test('a refusal at any command of setupNode or setupInstance leaves the host as 
       files: saboteur.files(hostFiles),
     });
     finished = true;
-    for (const act of [
+    for (const [nth, act] of [
       () => kudo.setupNode({ ...node(0), nodesIps: [peer(1)] }),
       () => kudo.setupInstance(instance(0, 'a1', 2, [{ source: 80, destination: 80 }])),
-    ]) {
-      const held = await lab.snapshot();
+    ].entries()) {
+      // Whatever was tried before, each begins with the same host.
+      if (!held.has(nth)) held.set(nth, await lab.snapshot());
       const outcome = await codeOf(act());
       if (outcome === 'ok') continue;
       finished = false;
-      assert.is(await lab.snapshot(), held, `change ${at}: ${outcome}`);
+      assert.is(await lab.snapshot(), held.get(nth), `change ${at}: ${outcome}`);
       break;
     }
     await lab.kudo(0).cleanNode({ nodeId: 'node0' });
   }
-  assert.ok(at > 30, `only ${at} changes`);
+  assert.ok(at > 20, `only ${at} changes`);
 });
 
 test.run();

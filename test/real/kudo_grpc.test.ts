@@ -115,7 +115,7 @@ test('a foreign client sets up the node and an instance, uses its port, and dele
     bridge,
     'again',
   );
-  const bare = await hostSnapshot(lab.host, 'all');
+  const bare = await hostSnapshot(lab.host);
   const made = await client.call('CreateInterface', { ip_address: ip(2), ports: [8080] });
   assert.match(made.ok?.interface_name ?? '', /^kvo[0-9a-f]{8}$/);
   assert.equal(await client.call('CreateInterface', { ip_address: ip(2), ports: [8080] }), made, 'again');
@@ -144,7 +144,7 @@ test('a foreign client sets up the node and an instance, uses its port, and dele
     { ok: {} },
     'gone already',
   );
-  assert.is(await hostSnapshot(lab.host, 'all'), bare);
+  assert.is(await hostSnapshot(lab.host), bare);
 });
 
 test('failures have the status that a gRPC client expects', async ({ client }) => {
@@ -213,7 +213,7 @@ test('`edgeway kudo` serves until a signal ends it; what it set up stays, and it
     await gone;
   };
   const cni = ['CreateContainerNetworkInterface', { ip_address: ip(1), sub_network: '/24' }] as const;
-  const before = await hostSnapshot(lab.host, 'all');
+  const before = await hostSnapshot(lab.host);
   const first = await start();
   const client = await PythonClient.connect(dir, `unix:${socket}`);
   try {
@@ -238,7 +238,7 @@ test('`edgeway kudo` serves until a signal ends it; what it set up stays, and it
       stateDir: join(dir, 'command'),
     });
     await kudo.cleanNode({ nodeId: (await kudo.describeNode())?.nodeId ?? '' });
-    assert.is(await hostSnapshot(lab.host, 'all'), before);
+    assert.is(await hostSnapshot(lab.host), before);
   } finally {
     await client.close();
   }
