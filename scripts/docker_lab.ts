@@ -101,8 +101,12 @@ export async function startDockerd(
       return engine?.pid ?? 0;
     },
     docker,
+    // A container's first program ignores SIGTERM unless it asks for it, and the engine would wait ten seconds.
     run: (image, { name, network = 'none', command, options = [] }) =>
-      docker('run', '-d', '--name', name, '--network', network, ...options, image, ...command),
+      docker(
+        ...['run', '-d', '--name', name, '--network', network, '--stop-signal', 'KILL'],
+        ...[...options, image, ...command],
+      ),
     async restart() {
       await end();
       await start();

@@ -1,12 +1,11 @@
 // A client for tests: asks COUNT times over one protocol, a new socket each time, and prints the answers as JSON:
-// [{ text, address }] where `address` is whom the client saw answering.
-//   ask.ts tcp|udp HOST PORT TEXT COUNT
+// [{ text, address }] where `address` is whom the client saw answering. The same for each further question.
+//   ask.ts tcp|udp HOST PORT TEXT COUNT [tcp|udp HOST PORT TEXT COUNT …]
 import { createSocket } from 'node:dgram';
 import { lookup } from 'node:dns/promises';
 import { connect } from 'node:net';
 import process from 'node:process';
 
-const [protocol, host, port, text, count] = process.argv.slice(2) as [string, string, string, string, string];
 const LIMIT_MS = 3_000;
 
 interface Answer {
@@ -14,7 +13,7 @@ interface Answer {
   readonly address: string;
 }
 
-function askTcp(address: string): Promise<Answer> {
+function askTcp(address: string, port: string, text: string): Promise<Answer> {
   return new Promise((resolve) => {
     const socket = connect({ host: address, port: Number(port) }, () => socket.write(text));
     socket.setTimeout(LIMIT_MS, () => socket.destroy(new Error('no answer')));
@@ -26,7 +25,7 @@ function askTcp(address: string): Promise<Answer> {
   });
 }
 
-function askUdp(address: string): Promise<Answer> {
+function askUdp(address: string, port: string, text: string): Promise<Answer> {
   return new Promise((resolve) => {
     const socket = createSocket('udp4');
     const finish = (answer: Answer): void => {
@@ -41,9 +40,17 @@ function askUdp(address: string): Promise<Answer> {
 }
 
 const answers: Answer[] = [];
-for (let i = 0; i < Number(count); i++) {
-  const { address } = await lookup(host, 4);
-  answers.push(await (protocol === 'tcp' ? askTcp(address) : askUdp(address)));
+for (let at = 2; at < process.argv.length; at += 5) {
+  const [protocol, host, port, text, count] = process.argv.slice(at) as [
+    string,
+    string,
+    string,
+    string,
+    string,
+  ];
+  const ask = protocol === 'tcp' ? askTcp : askUdp;
+  for (let i = 0; i < Number(count); i++)
+    answers.push(await ask((await lookup(host, 4)).address, port, text));
 }
 console.log(JSON.stringify(answers));
 process.exit(0);

@@ -259,15 +259,25 @@ second(
       runtime === 'deno'
         ? [process.execPath, 'run', '-A', '--quiet', script, ...args]
         : [process.execPath, script, ...args];
-    const ask = async (
-      netns: string,
-      protocol: 'tcp' | 'udp',
-      host: string,
-      port: number,
-    ): Promise<string> => {
-      const argv = self('test/lab/ask.ts', protocol, host, String(port), 'hello', '1');
+    interface Question {
+      readonly what: string;
+      readonly host: string;
+      readonly port: number;
+      readonly answer: RegExp;
+    }
+    /** What is answered wrongly, over either protocol: one client for all questions from a namespace. */
+    const misheard = async (netns: string, questions: readonly Question[]): Promise<readonly string[]> => {
+      const all = questions.flatMap((one) =>
+        (['tcp', 'udp'] as const).map((protocol) => ({ ...one, protocol })),
+      );
+      const words = all.flatMap(({ protocol, host, port }) => [protocol, host, String(port), 'hello', '1']);
+      const argv = self('test/lab/ask.ts', ...words);
       const { stdout, stderr } = await lab.exec(netns, argv, { timeoutMs: 60_000 });
-      return (JSON.parse(stdout || `[{"text":${JSON.stringify(stderr)}}]`) as { text: string }[])[0]!.text;
+      const heard = JSON.parse(stdout || '[]') as { text: string }[];
+      return all.flatMap(({ what, protocol, answer }, at) => {
+        const text = heard[at]?.text ?? stderr;
+        return answer.test(text) ? [] : [`${what}, ${protocol}: ${text}`];
+      });
     };
     await lab.startAll();
 
@@ -334,29 +344,27 @@ second(
       const [n1, n2] = [lab.node(1), lab.node(2)];
       const [k1 = '', k2 = ''] = carried;
       const wrong = async (when: string): Promise<readonly string[]> => {
-        const found: string[] = [];
-        const hears = async (
-          what: string,
-          netns: string,
-          host: string,
-          port: number,
-          answer: RegExp,
-        ): Promise<void> => {
-          for (const protocol of ['tcp', 'udp'] as const) {
-            const heard = await ask(netns, protocol, host, port);
-            if (!answer.test(heard)) found.push(`${when}: ${what}, ${protocol}: ${heard}`);
-          }
-        };
         const name = (label: string): string => `shop.prod.${label}.v1.any.roundrobin.local`;
-        await hears('to the other node', homes.get('near')!, name('far'), LISTEN, /^far 172\.30\./);
-        await hears('from the other node', homes.get('far')!, name('near'), LISTEN, /^near 172\.30\./);
-        await hears('published, the instance is here', lab.switch, n1.ip, 8081, /^near 10\.77\.0\.254 /);
-        await hears('published, it is there', lab.switch, n1.ip, 8082, /^far 172\.30\./);
-        await hears('published there, it is here', lab.switch, n2.ip, 8081, /^near 172\.30\./);
-        await hears('carried to the other node', k1, '10.0.2.2', LISTEN, /^k2 10\.0\.1\.2 /);
-        await hears('carried from the other node', k2, '10.0.1.2', LISTEN, /^k1 10\.0\.2\.2 /);
-        await hears('published by Kudo', lab.switch, n1.ip, 8090, /^k1 10\.77\.0\.254 /);
-        return found;
+        const question = (what: string, host: string, port: number, answer: RegExp): Question => {
+          return { what: `${when}: ${what}`, host, port, answer };
+        };
+        const found = await Promise.all([
+          misheard(homes.get('near')!, [
+            question('to the other node', name('far'), LISTEN, /^far 172\.30\./),
+          ]),
+          misheard(homes.get('far')!, [
+            question('from the other node', name('near'), LISTEN, /^near 172\.30\./),
+          ]),
+          misheard(lab.switch, [
+            question('published, the instance is here', n1.ip, 8081, /^near 10\.77\.0\.254 /),
+            question('published, it is there', n1.ip, 8082, /^far 172\.30\./),
+            question('published there, it is here', n2.ip, 8081, /^near 172\.30\./),
+            question('published by Kudo', n1.ip, 8090, /^k1 10\.77\.0\.254 /),
+          ]),
+          misheard(k1, [question('carried to the other node', '10.0.2.2', LISTEN, /^k2 10\.0\.1\.2 /)]),
+          misheard(k2, [question('carried from the other node', '10.0.1.2', LISTEN, /^k1 10\.0\.2\.2 /)]),
+        ]);
+        return found.flat();
       };
       const serves = (when: string): Promise<string> =>
         until(when, 60_000, async () => {
