@@ -81,6 +81,21 @@ test("edgeway/kudo: is Kudo's library", async () => {
   assert.match(said, 'setupNode');
 });
 
+test("edgeway kudo: serves Kudo's gRPC, whose .proto file is in the package", async () => {
+  const proto = "console.log(import.meta.resolve('edgeway/kudo/network.proto'))";
+  const { said } = await consume(lab.command()[0]!, '--input-type=module', '-e', proto);
+  assert.match(readFileSync(new URL(said.trim()), 'utf8'), 'service Network');
+  const socket = join(lab.dir, 'kudo.sock');
+  const log = join(lab.dir, 'kudo.log');
+  const flags = ['--listen', `unix:${socket}`, '--state-dir', join(lab.dir, 'kudo')];
+  const served = lab.spawn(lab.node(1).netns, shipped('edgeway.js', 'kudo', ...flags), log);
+  await until('the service is up', 30_000, async () =>
+    readFileSync(log, 'utf8').includes('service is up') ? true : undefined,
+  );
+  await lab.end(served);
+  assert.is(served.exitCode, 0, readFileSync(log, 'utf8'));
+});
+
 test('edgeway/kudo: its types take the records of the contract and refuse others, with nothing else installed', async () => {
   const write = (file: string, text: string): void => writeFileSync(join(lab.dir, 'consumer', file), text);
   write('package.json', '{"type":"module"}');
