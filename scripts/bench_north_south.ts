@@ -7,6 +7,8 @@
 //
 // "Without us" is another host, on which we never were, that forwards the same bytes over a bridge and a veth of its
 // own, by its routes alone: no rule, hook or connection tracking of ours.
+//
+// For information, a port of a node whose only instance is on another node: through two agents and the tunnel.
 import { type ChildProcess, spawn } from 'node:child_process';
 import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -22,6 +24,7 @@ import { parseCidr, parseIpv4 } from '../src/addr.ts';
 import { unwrap } from '../src/error.ts';
 import { SILENT } from '../src/log.ts';
 import { Rng } from '../src/rng.ts';
+import { Lab, until } from './lab.ts';
 
 const { values } = parseArgs({
   options: {
@@ -140,6 +143,8 @@ async function stream(netns: string, target: string, port: number): Promise<numb
     String(SECONDS),
     '-O',
     '1',
+    '--connect-timeout',
+    '2000',
   ]);
   const report = JSON.parse(text.stdout) as {
     end?: { sum_received?: { bits_per_second?: number } };
@@ -203,6 +208,36 @@ async function throughput(
   }
 }
 
+/** Mbit/s from outside to an instance of another node than the one that was asked. */
+async function remote(): Promise<number[]> {
+  const lab = await Lab.up({
+    nodes: 2,
+    runtime: 'deno' in process.versions ? 'deno' : 'node',
+    agentFlags: ['--mdns', 'off'],
+  });
+  try {
+    await lab.startAll();
+    const called = async (node: number, path: string, body: object): Promise<void> => {
+      const answer = await lab.api(node, 'POST', path, body);
+      if (answer.status !== 200) throw new Error(`${path}: ${JSON.stringify(answer.body)}`);
+    };
+    await called(1, '/api/v1/services', {
+      ...{ appname: 'bench', appnamespace: 'edge', servicename: 'iperf', servicenamespace: 'v1' },
+      ...{ exposed: true, ports: [{ source: 5301, destination: 5201, protocol: 'tcp' }] },
+    });
+    const netns = await lab.addInstance('iperf');
+    lab.spawn(netns, ['iperf3', '-s'], join(lab.dir, 'iperf3.log'));
+    await called(2, '/api/v1/instances', { service: 'bench.edge.iperf.v1', instance: 1, netns });
+    const measured = () => stream(lab.switch, lab.node(1).ip, 5301);
+    // Refused until n1 has heard of the instance.
+    const mbit = [await until('n1 leads to n2', 30_000, measured)];
+    while (mbit.length < Math.min(RUNS, 3)) mbit.push(await measured());
+    return mbit;
+  } finally {
+    await lab.down();
+  }
+}
+
 await must('iperf3', '--version');
 const dir = await mkdtemp(join(tmpdir(), 'edgeway-bench-'));
 const servers: ChildProcess[] = [];
@@ -239,6 +274,9 @@ try {
   console.log(`plain path     ${mbit(plain)} Mbit/s`);
   console.log(`published port ${mbit(ours)} Mbit/s`);
   console.log(`median ratio of the pairs ${ratio.toFixed(3)}`);
+  const through = await remote();
+  const remoteRatio = median(through) / median(plain);
+  console.log(`to another node ${mbit(through)} Mbit/s, ratio ${remoteRatio.toFixed(3)}`);
   if (values.json !== undefined)
     await writeFile(
       values.json,
@@ -250,6 +288,8 @@ try {
           kills,
           tcp_mbit: Math.round(median(ours)),
           tcp_plain_mbit: Math.round(median(plain)),
+          remote_tcp_ratio: Number(remoteRatio.toFixed(3)),
+          remote_tcp_mbit: Math.round(median(through)),
           cycle_ms: Math.round((seconds * 1000) / Math.max(done, 1)),
         },
         undefined,
