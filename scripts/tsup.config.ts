@@ -1,6 +1,6 @@
 // Bundles the command and Kudo's library, with its types in one file, for shipping: dist/ is a package for Node that
-// needs nothing but koffi beside it. Deno is not served: it runs the sources as they are. etcd3 and Kudo's service read their .proto files from beside
-// the bundle's parent, so they are copied there.
+// needs nothing but koffi beside it. Deno is not served: it runs the sources as they are. etcd3 and Kudo's service read
+// their .proto files from beside the bundle's parent, so they are copied there.
 import { cpSync, writeFileSync } from 'node:fs';
 import { defineConfig } from 'tsup';
 import packageJson from '../package.json' with { type: 'json' };
