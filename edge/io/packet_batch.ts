@@ -15,6 +15,7 @@ import {
   SOL_UDP,
   type System,
   UDP_SEGMENT,
+  writeAddress,
   writeSockaddr,
 } from 'node-tun';
 import { SEGMENTS_MAX, SEND_BYTES_MAX } from '../../src/limits.ts';
@@ -70,20 +71,19 @@ export class Batch {
     this.#pollView = new DataView(this.#poll.bytes.buffer);
     for (let run = 0; run < RUNS_MAX; run++) {
       const at = run * MMSGHDR_SIZE;
-      this.#pointer(at + MSGHDR.name, names.address + run * SOCKADDR_IN.size);
+      writeAddress(this.#messagesView, at + MSGHDR.name, names.address + run * SOCKADDR_IN.size);
       this.#messagesView.setUint32(at + MSGHDR.nameLength, SOCKADDR_IN.size, true);
-      this.#pointer(at + MSGHDR.iov, this.#iovecs.address + run * IOVECS_PER_RUN * IOVEC_SIZE);
-      this.#pointer(at + MSGHDR.control, controls.address + run * CMSG_SPACE_4);
+      writeAddress(
+        this.#messagesView,
+        at + MSGHDR.iov,
+        this.#iovecs.address + run * IOVECS_PER_RUN * IOVEC_SIZE,
+      );
+      writeAddress(this.#messagesView, at + MSGHDR.control, controls.address + run * CMSG_SPACE_4);
       const control = run * CMSG_SPACE_4;
       this.#controls.setUint32(control + CMSG.length, CMSG.data + 2, true);
       this.#controls.setInt32(control + CMSG.level, SOL_UDP, true);
       this.#controls.setInt32(control + CMSG.type, UDP_SEGMENT, true);
     }
-  }
-
-  #pointer(at: number, address: number): void {
-    this.#messagesView.setUint32(at, address % 2 ** 32, true);
-    this.#messagesView.setUint32(at + 4, Math.floor(address / 2 ** 32), true);
   }
 
   /** One datagram for a peer, of one piece, or of two when `bodyLength` is not 0. The memory must stay until `flush`. */

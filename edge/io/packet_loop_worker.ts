@@ -37,6 +37,7 @@ import {
   VNET_GSO_NONE,
   VNET_GSO_TCPV4,
   VNET_GSO_UDP_L4,
+  writeAddress,
 } from 'node-tun';
 import { formatIpv4, type Ipv4, ipv4 } from '../../src/addr.ts';
 import {
@@ -214,22 +215,22 @@ class Loop {
     this.#receive = sys.allocate(256);
     this.#receiveView = new DataView(this.#receive.bytes.buffer);
     const base = this.#receive.address;
-    setPointer(this.#receiveView, MSGHDR.name, base + RECEIVE.name);
-    setPointer(this.#receiveView, MSGHDR.iov, base + RECEIVE.vector);
+    writeAddress(this.#receiveView, MSGHDR.name, base + RECEIVE.name);
+    writeAddress(this.#receiveView, MSGHDR.iov, base + RECEIVE.vector);
     this.#receiveView.setUint32(MSGHDR.iovLength, 1, true);
-    setPointer(this.#receiveView, MSGHDR.control, base + RECEIVE.control);
-    setPointer(this.#receiveView, RECEIVE.vector, this.#inbox.address + INBOX_AT);
+    writeAddress(this.#receiveView, MSGHDR.control, base + RECEIVE.control);
+    writeAddress(this.#receiveView, RECEIVE.vector, this.#inbox.address + INBOX_AT);
     this.#receiveView.setUint32(RECEIVE.vector + 8, PACKET_MAX, true);
 
     this.#sendControl = sys.allocate(256);
     this.#sendControlView = new DataView(this.#sendControl.bytes.buffer);
     const out = this.#sendControl.address;
-    setPointer(this.#sendControlView, MSGHDR.name, out + RECEIVE.name);
+    writeAddress(this.#sendControlView, MSGHDR.name, out + RECEIVE.name);
     this.#sendControlView.setUint32(MSGHDR.nameLength, SOCKADDR_IN.size, true);
-    setPointer(this.#sendControlView, MSGHDR.iov, out + RECEIVE.vector);
+    writeAddress(this.#sendControlView, MSGHDR.iov, out + RECEIVE.vector);
     this.#sendControlView.setUint32(MSGHDR.iovLength, 1, true);
     const frame = sys.allocate(CONTROL_BYTES);
-    setPointer(this.#sendControlView, RECEIVE.vector, frame.address);
+    writeAddress(this.#sendControlView, RECEIVE.vector, frame.address);
     // Without a secret of the network's own the proof is a checksum that anybody can make.
     const secret = config.secret ?? new TextEncoder().encode(`edgeway ${config.vni}`);
     const random = new Uint32Array(1);
@@ -372,7 +373,7 @@ class Loop {
     for (; reads < TUN_READS; reads++) {
       if (this.#arenaAt + READ_SLOT > ARENA_BYTES) this.#flush();
       const at = this.#arenaAt + HEADROOM;
-      setPointer(this.#readVectorView, 0, this.#arena.address + at - VNET.size);
+      writeAddress(this.#readVectorView, 0, this.#arena.address + at - VNET.size);
       this.#readVectorView.setUint32(8, VNET.size + PACKET_MAX, true);
       const length = sys.readv(this.#tun, this.#readVector.pointer, 1);
       if (length < 0) {
@@ -789,13 +790,8 @@ const INBOX_AT = 4;
 /** Places in the region of a message: the msghdr, then what it points to. */
 const RECEIVE = { name: 64, vector: 80, control: 96, controlSize: 64 } as const;
 
-function setPointer(view: DataView, at: number, address: number): void {
-  view.setUint32(at, address % 2 ** 32, true);
-  view.setUint32(at + 4, address / 2 ** 32, true);
-}
-
 function setVector(view: DataView, at: number, address: number, length: number): void {
-  setPointer(view, at, address);
+  writeAddress(view, at, address);
   view.setUint32(at + 8, length, true);
   view.setUint32(at + 12, 0, true);
 }
