@@ -65,6 +65,8 @@ export class ProxyTun {
   readonly counters: Float64Array;
   /** Where the last VERDICT.tunnel goes. */
   peer: Peer | undefined;
+  /** Counter of the last drop. */
+  dropped = 0;
   /** Whom the last packet that arrived spoke for, from an endpoint that this node has not proved. */
   doubted: Peer | undefined;
   /** Addresses missed since they were last taken. */
@@ -1031,6 +1033,7 @@ export class ProxyTun {
 
   #drop(counter: number): Verdict {
     this.counters[counter]!++;
+    this.dropped = counter;
     return VERDICT.drop;
   }
 }
