@@ -1,6 +1,6 @@
 // North-south: 1,000 set-up and clean cycles with kills in the middle and what they leak, and the TCP throughput of a
 // published port beside the same path without us.
-//   npm run bench -- north-south [--json FILE] [--quick] [--cycles N] [--seconds S] [--runs N]
+//   npm run bench -- north-south [--json FILE] [--quick] [--cycles N] [--seconds S] [--runs N] [--seed N]
 //
 //   …-o ─┬─ 10.99.0.1 ── veth ── 10.99.0.2 …-h ── edgeway0 172.16.0.65/26  ── …-a 172.16.0.66   published: 10.99.0.2:5301
 //        └─ 10.98.0.1 ── veth ── 10.98.0.2 …-p ── plain0   192.168.77.1/24 ── …-b 192.168.77.2  routed: its own address

@@ -1,4 +1,5 @@
-// What the policies promise, measured: `npm run bench -- policies [--json FILE] [--quick] [--only PART,…] [--runtime node|deno]`.
+// What the policies promise, measured.
+//   npm run bench -- policies [--json FILE] [--quick] [--only PART,…] [--cycles N] [--runtime node|deno]
 //   simulator   50 nodes, six topologies; a closed loop for fastest (test/sim)
 //   closest     six real agents behind a delay relay: who was chosen against who was nearest
 //   roundrobin  3,000 flows from three nodes at once to three instances

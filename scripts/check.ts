@@ -56,7 +56,7 @@ if (arguments_.length === 0)
       console.log(`${stdout}${stderr}`.replace(/^/gm, '     | '));
     }
   }
-const tests = await runTests(arguments_);
+const tests = await runTests(arguments_, import.meta.url);
 passed += tests.passed;
 failed += tests.failed;
 console.log(`\n${passed} passed, ${failed} failed`);

@@ -1,9 +1,11 @@
 // The main job on one screen: three nodes find each other, resolve a name, balance over three instances and survive
 // the loss of a host. Everything is real: namespaces, etcd, agents, TUN devices, Docker, getent and curl.
+//   npm run demo -- [--runtime node|deno] [--keep | --down] [--json FILE]
 import { mkdirSync, openSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
-import { parseArgs, styleText } from 'node:util';
+import { styleText } from 'node:util';
+import { readArguments } from './arguments.ts';
 import { importBusybox } from './docker_lab.ts';
 import { endOnSignals, Lab, must, type Runtime, run, until } from './lab.ts';
 
@@ -17,7 +19,7 @@ const PRESENCE_TTL_S = 4;
 /** As many requests in a row answered by the living: with a third of them still lost, 1 run in 130 would be wrong. */
 const MOVED_ON_AFTER = 12;
 
-const { values: options } = parseArgs({
+const { values: options } = readArguments(import.meta.url, {
   options: {
     runtime: { type: 'string', default: 'node' },
     keep: { type: 'boolean', default: false },

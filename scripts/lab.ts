@@ -7,7 +7,7 @@
 //
 // Nothing is made outside namespaces and one directory of its own. Every name and process id is written to the
 // lab's ledger before it is used, so that `down` (also of another process, also after kill -9) removes exactly these.
-//   scripts/run scripts/lab.ts up [--lab NAME] [--nodes N] [--runtime node|deno] | down [--lab NAME] | list
+//   scripts/run scripts/lab.ts up [--lab NAME] [--nodes N] [--runtime node|deno] [--flag=AGENT_FLAG …] | down [--lab NAME] | list
 import { type ChildProcess, spawn } from 'node:child_process';
 import {
   existsSync,
@@ -24,7 +24,7 @@ import { request } from 'node:http';
 import { dirname, join } from 'node:path';
 import process from 'node:process';
 import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
+import { readArguments, refuse } from './arguments.ts';
 import { type Dockerd, startDockerd } from './docker_lab.ts';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
@@ -803,7 +803,7 @@ async function removeAll(ledger: Ledger): Promise<void> {
 
 /** `scripts/run scripts/lab.ts up|down|list`: a laboratory to play with. */
 async function main(): Promise<void> {
-  const { values, positionals } = parseArgs({
+  const { values, positionals } = readArguments(import.meta.url, {
     allowPositionals: true,
     options: {
       lab: { type: 'string', default: 'ewlab' },
@@ -823,13 +823,9 @@ async function main(): Promise<void> {
     );
     return;
   }
-  if (verb !== 'up' || (values.runtime !== 'node' && values.runtime !== 'deno')) {
-    console.error(
-      'lab.ts up [--lab NAME] [--nodes N] [--runtime node|deno] [--flag=AGENT_FLAG …] | down [--lab NAME] | list',
-    );
-    process.exitCode = 2;
-    return;
-  }
+  if (verb !== 'up') refuse(import.meta.url, 'what to do must be up, down or list');
+  if (values.runtime !== 'node' && values.runtime !== 'deno')
+    refuse(import.meta.url, `--runtime ${values.runtime}: must be node or deno`);
   const lab = await Lab.create({
     lab: values.lab,
     nodes: Number(values.nodes),

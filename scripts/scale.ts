@@ -6,9 +6,9 @@ import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
-import { parseArgs } from 'node:util';
 import { type PrivateEtcd, startPrivateEtcd } from '../edge/io/etcd_private.ts';
 import { SILENT } from '../src/log.ts';
+import { readArguments, refuse } from './arguments.ts';
 import { measureAgents } from './scale/agents.ts';
 import { measureClaims } from './scale/claims.ts';
 import { measureInterest } from './scale/interest.ts';
@@ -28,7 +28,7 @@ const PARTS = {
 } as const;
 type Part = keyof typeof PARTS;
 
-const { values } = parseArgs({
+const { values } = readArguments(import.meta.url, {
   options: {
     json: { type: 'string' },
     only: { type: 'string' },
@@ -38,10 +38,8 @@ const { values } = parseArgs({
 });
 const parts = values.only === undefined ? (Object.keys(PARTS) as Part[]) : [values.only as Part];
 for (const part of parts)
-  if (!(part in PARTS)) {
-    console.error(`--only ${part}: must be one of ${Object.keys(PARTS).join(', ')}`);
-    process.exit(2);
-  }
+  if (!(part in PARTS))
+    refuse(import.meta.url, `--only ${part}: must be one of ${Object.keys(PARTS).join(', ')}`);
 
 const results: Record<string, unknown> = {};
 for (const part of parts) {

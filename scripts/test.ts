@@ -7,7 +7,8 @@ import { readdirSync } from 'node:fs';
 import { join, relative } from 'node:path';
 import process from 'node:process';
 import { fileURLToPath } from 'node:url';
-import { parseArgs, stripVTControlCharacters } from 'node:util';
+import { stripVTControlCharacters } from 'node:util';
+import { readArguments, refuse } from './arguments.ts';
 import { Lab } from './lab.ts';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
@@ -20,7 +21,7 @@ interface Outcome {
   readonly durationMs: number;
 }
 
-const RUNTIMES: Record<string, readonly string[]> = {
+const RUNTIMES: Record<string, readonly [string, ...string[]]> = {
   node: [process.execPath, '--disable-warning=ExperimentalWarning'],
   deno: [process.env['DENO'] ?? 'deno', 'run', '-A', '--quiet'],
 };
@@ -36,8 +37,7 @@ function testFiles(filters: readonly string[]): string[] {
 }
 
 function run(runtime: string, file: string): Promise<Outcome> {
-  const [command, ...args] = RUNTIMES[runtime] ?? [];
-  if (command === undefined) throw new Error(`--runtime ${runtime}: must be node or deno`);
+  const [command, ...args] = RUNTIMES[runtime]!;
   const started = performance.now();
   return new Promise((resolve) => {
     const child = spawn(command, [...args, file], {
@@ -77,13 +77,21 @@ async function sweep(): Promise<void> {
   for (const lab of await Lab.sweepAbandoned()) console.log(`     removed lab ${lab}: its owner was killed`);
 }
 
-/** Runs what the arguments select; prints one line a file, and the output of those that failed. */
-export async function runTests(args: readonly string[]): Promise<{ passed: number; failed: number }> {
-  const { values, positionals } = parseArgs({
+/**
+ * Runs what the arguments select; prints one line a file, and the output of those that failed. `script` is whose
+ * arguments they are.
+ */
+export async function runTests(
+  args: readonly string[],
+  script: string,
+): Promise<{ passed: number; failed: number }> {
+  const { values, positionals } = readArguments(script, {
     args: [...args],
     allowPositionals: true,
     options: { runtime: { type: 'string' }, jobs: { type: 'string', default: '2' } },
   });
+  if (values.runtime !== undefined && !(values.runtime in RUNTIMES))
+    refuse(script, `--runtime ${values.runtime}: must be node or deno`);
   const runtimes = values.runtime === undefined ? Object.keys(RUNTIMES) : [values.runtime];
   const work = testFiles(positionals).flatMap((file) => runtimes.map((runtime) => ({ file, runtime })));
   let passed = 0;
@@ -117,7 +125,7 @@ export async function runTests(args: readonly string[]): Promise<{ passed: numbe
 }
 
 if (process.argv[1] === import.meta.filename) {
-  const { passed, failed } = await runTests(process.argv.slice(2));
+  const { passed, failed } = await runTests(process.argv.slice(2), import.meta.url);
   console.log(`\n${passed} passed, ${failed} failed`);
   process.exitCode = failed === 0 ? 0 : 1;
 }
