@@ -15,6 +15,10 @@ const addressSchema = v.object({
 });
 const routeSchema = v.object({ dst: v.string(), dev: v.optional(v.string()), type: v.optional(v.string()) });
 
+/** The far end of a tunnel's route: `ip -j` gives it the name of the route's own prefix, and of two keys of one name a
+ *  parser keeps the last. */
+const FAR_END = /("encap":"[^"]*"[^{}]*?),"dst":"[^"]*"/g;
+
 export type Link = v.InferOutput<typeof linkSchema>;
 
 /** A prefix that a link of the host has. */
@@ -159,7 +163,7 @@ export class Observer {
       throw new EdgewayError('host_command_failed', `${argv.join(' ')}: ${result.stderr.trim()}`);
     let json: unknown;
     try {
-      json = JSON.parse(result.stdout === '' ? '[]' : result.stdout);
+      json = JSON.parse(result.stdout === '' ? '[]' : result.stdout.replace(FAR_END, '$1'));
     } catch (cause) {
       throw new EdgewayError('host_command_failed', `${argv.join(' ')}: did not answer in JSON`, { cause });
     }

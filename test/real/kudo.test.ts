@@ -206,6 +206,7 @@ test('§3.1, §3.2: traffic between nodes reaches the instance that was addresse
   // When the peer leaves, its instances are out of reach; leaving twice is fine.
   await a.deleteNodeInCluster(peer(1));
   await a.deleteNodeInCluster(peer(1));
+  assert.not.match((await within(lab.nodes[0]).run(['ip', 'route'])).stdout, '10.0.1.0/24');
   assert.is(await ask(a1.namespaceName, '10.0.1.2', 80), '');
   await a.addOtherNodes([peer(1), peer(1)]);
   assert.is(await ask(a1.namespaceName, '10.0.1.2', 80), 'b1 10.0.0.2');
@@ -675,6 +676,43 @@ test('setupNode repeated with other peers, another subnet and MTU: a refusal at 
     await uplinkMtu(1400);
   }
   assert.ok(at > 10, `only ${at} changes`);
+});
+
+test('a refusal at any command that changes peers or ports leaves the host as it was', async ({ lab }) => {
+  const a = lab.kudo(0);
+  const third = { nodeId: 'third', nodeIp: { clusterIpCidr: '10.0.3.1/24', externalIpAddr: '10.99.0.3' } };
+  const elsewhere = { ...peer(1), nodeIp: { clusterIpCidr: '10.0.7.1/24', externalIpAddr: '10.99.0.3' } };
+  const ports = [{ source: 80, destination: 80 }];
+  const acts: [string, (kudo: Kudo) => Promise<unknown>][] = [
+    ['a peer goes', (kudo) => kudo.deleteNodeInCluster(peer(1))],
+    ['a peer moves', (kudo) => kudo.newNodeInCluster(elsewhere)],
+    ['a peer comes', (kudo) => kudo.addOtherNodes([peer(1), third])],
+    ['ports come', (kudo) => kudo.setupInstance(instance(0, 'a1', 2, ports))],
+  ];
+  await a.setupNode({ ...node(0), nodesIps: [peer(1)] });
+  await a.setupInstance(instance(0, 'a1', 2));
+  const held = await lab.snapshot();
+  for (const [what, act] of acts) {
+    let at = 0;
+    for (let finished = false; !finished; ) {
+      at += 1;
+      assert.ok(at < 20, 'bounded');
+      const saboteur = new Saboteur(at, false);
+      const kudo = lab.kudo(0, {
+        runner: saboteur.runner(within(lab.nodes[0])),
+        files: saboteur.files(hostFiles),
+      });
+      const outcome = await codeOf(act(kudo));
+      finished = outcome === 'ok';
+      if (finished) assert.is.not(await lab.snapshot(), held, what);
+      else assert.is(await lab.snapshot(), held, `${what}, change ${at}: ${outcome}`);
+    }
+    assert.ok(at > 2, `${what}: only ${at} changes`);
+    await a.deleteNodeInCluster(third);
+    await a.addOtherNodes([peer(1)]);
+    await a.setupInstance(instance(0, 'a1', 2));
+    assert.is(await lab.snapshot(), held, `${what}, and back`);
+  }
 });
 
 test('what a crash cut short is done when the call is repeated', async ({ lab }) => {
