@@ -161,6 +161,13 @@ export const PEERS_SPARE_MAX = 1_024;
 /** Nodes behind NATs that one node asks to greet it, and nodes that one behind a NAT greets because they ask: as many as
  *  are kept without a route, and 51 greetings a second. */
 export const CALLS_MAX = 1_024;
+/** Answers to one node's greetings and probes. The fastest prober asks 9 times a second (its first explores 5, a suspect
+ *  watched 3.7) and greets 6 times (first greeting, 4 challenges); twice that. All that it sent in the 8 s in which nobody
+ *  read the socket is answered as well. More is no prober of ours, or somebody who repeats what one said. */
+export const PEER_ANSWERS_PER_S = 32;
+export const PEER_ANSWERS_BURST = 128;
+/** To all nodes together that are not among the peers: each of the 15,360 of the default plan asks once a second. */
+export const STRANGER_ANSWERS_PER_S = 16_384;
 /** How long a learned path MTU stands (RFC 1191 §6.3: 10 minutes). */
 export const PATH_MTU_MS = 600_000;
 

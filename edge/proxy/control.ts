@@ -5,7 +5,7 @@
 // sender's last, or it answers a greeting or probe of ours, whose token nobody could know before. The second is how a
 // node whose clock was set back is believed again.
 import type { Ipv4 } from '../../src/addr.ts';
-import { PEER_CHALLENGE_MS, PROBE_STATUS_BYTES } from '../../src/limits.ts';
+import { PEER_CHALLENGE_MS, PROBE_STATUS_BYTES, STRANGER_ANSWERS_PER_S } from '../../src/limits.ts';
 import type { Bytes } from '../../src/wire/bytes.ts';
 import {
   CONTROL,
@@ -15,7 +15,7 @@ import {
   writeControl,
 } from '../../src/wire/tunnel.ts';
 import type { ProxyConfig, ProxyReport } from './command.ts';
-import type { Peer } from './peers.ts';
+import { Allowance, type Peer } from './peers.ts';
 import type { Routes } from './routes.ts';
 import { COUNT, DROP } from './verdict.ts';
 
@@ -51,6 +51,8 @@ export class Control {
   readonly #means: ControlMeans;
   /** When each probe left, by token. */
   readonly #probes = new Map<number, { readonly sentMs: number; readonly nodeIp: Ipv4 }>();
+  /** Of answers to all nodes that are not among the peers. */
+  readonly #strangers = new Allowance(STRANGER_ANSWERS_PER_S, STRANGER_ANSWERS_PER_S);
   #stampUs = 0;
 
   constructor(
@@ -98,10 +100,12 @@ export class Control {
         return;
       }
     }
-    if (kind === CONTROL_KIND.hello && peer !== undefined)
-      this.#say(CONTROL_KIND.helloBack, token, subnet, ip, port, NOTHING);
-    else if (kind === CONTROL_KIND.probe)
-      this.#say(CONTROL_KIND.probeBack, token, subnet, ip, port, this.status);
+    // A probe to anybody carries no freshness, so who overheard one can repeat it under any outer source.
+    const asksPlace = kind === CONTROL_KIND.hello && peer !== undefined;
+    if (!asksPlace && kind !== CONTROL_KIND.probe) return;
+    if (!(peer?.answers ?? this.#strangers).take(now)) this.#counters[DROP.excess_control]!++;
+    else if (asksPlace) this.#say(CONTROL_KIND.helloBack, token, subnet, ip, port, NOTHING);
+    else this.#say(CONTROL_KIND.probeBack, token, subnet, ip, port, this.status);
   }
 
   /** Somebody spoke for that node from an endpoint that it has not proved: if it is the node, it will. */

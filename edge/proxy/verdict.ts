@@ -32,6 +32,7 @@ export const DROP_REASONS = {
     'a control frame that was meant for another node: somebody repeats what was said elsewhere',
   old_control:
     "a control frame older than its sender's last: repeated, overtaken, or of a clock that was set back",
+  excess_control: 'a greeting or probe of a node that asks more often than any prober; it is not answered',
   unknown_receiver: 'from the tunnel to an address that is no instance on this node',
   unknown_sender: 'from the tunnel, its source is no InstanceIP that a route knows (reported as a miss)',
   spoofed_sender:

@@ -2,8 +2,11 @@
 import { createHmac } from 'node:crypto';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
+import { Prober } from '../../../edge/probe.ts';
 import { CONTROL_BYTES, Control } from '../../../edge/proxy/control.ts';
 import type { Peer } from '../../../edge/proxy/peers.ts';
+import { PEER_ANSWERS_BURST, PEER_ANSWERS_PER_S, STRANGER_ANSWERS_PER_S } from '../../../src/limits.ts';
+import { Rng } from '../../../src/rng.ts';
 import { newBytes } from '../../../src/wire/bytes.ts';
 import { CONTROL, CONTROL_KIND } from '../../../src/wire/tunnel.ts';
 import { a, NodeUnderTest } from './world.ts';
@@ -153,6 +156,72 @@ test('a probe is answered with the status, also one to a node that no route name
   two.hear(one.take(), '10.0.0.200');
   assert.is(two.sent.length, 1);
   assert.is(two.peer(1)!.seenMs, seen, 'what was said to anybody proves no place');
+});
+
+test("a node that asks without end is answered at a bounded rate, which is nobody else's loss", () => {
+  const [one, two, three] = [new Speaker(1), new Speaker(2), new Speaker(3)];
+  const flood = (count: number): number => {
+    two.sent.length = 0;
+    for (let token = 0; token < count; token++) {
+      one.control.probe(token, a('10.0.0.2'), 4790, one.node.now);
+      two.hear(one.take(), '10.0.0.1');
+    }
+    return two.sent.length;
+  };
+  assert.is(flood(1_000), PEER_ANSWERS_BURST);
+  assert.is(two.counter('drop_excess_control'), 1_000 - PEER_ANSWERS_BURST);
+  two.hear(one.greet(2), '10.0.0.1', 5_000);
+  assert.is(two.sent.length, PEER_ANSWERS_BURST, 'greetings draw from the same');
+  assert.is(two.peer(1)!.seenPort, 5_000, 'what it proves stands');
+  three.control.probe(1, a('10.0.0.2'), 4790, three.node.now);
+  two.hear(three.take(), '10.0.0.3');
+  assert.is(two.sent.length, PEER_ANSWERS_BURST + 1);
+  two.node.now += 1_000;
+  assert.is(flood(1_000), PEER_ANSWERS_PER_S);
+});
+
+test('nodes beyond those that are remembered share a bound of answers', () => {
+  const two = new Speaker(2);
+  for (let n = 0; n < 3_000; n++) two.node.proxy.routes.meet(0xac110000 + n * 64, two.node.now);
+  const stranger = new Speaker(0);
+  assert.is(two.peer(0), undefined);
+  for (let token = 0; token < STRANGER_ANSWERS_PER_S + 100; token++) {
+    stranger.control.probe(token, a('10.0.0.77'), 4790, stranger.node.now);
+    two.hear(stranger.take(), '10.0.0.9');
+  }
+  assert.is(two.sent.length, STRANGER_ANSWERS_PER_S);
+  assert.is(two.counter('drop_excess_control'), 100);
+});
+
+test('no prober comes near the bound: watched, explored at its fastest, with answers that get lost and come back', () => {
+  const [one, two] = [new Speaker(1), new Speaker(2)];
+  const rng = new Rng(5);
+  const prober = new Prober({ rng, nonce: () => rng.u32(), nowMs: 0 });
+  const subnet = a('172.16.0.128');
+  prober.setPeers([{ node: 'n2', nodeIp: a('10.0.0.2'), ewp: 4790, subnet }], 0);
+  prober.setFollowed(new Map([['service', ['n2']]]));
+  const start = two.node.now;
+  let perSecond = 0;
+  for (let second = 0; second < 600; second++) {
+    let asked = 0;
+    for (let now = second * 1_000; now < (second + 1) * 1_000; now += 10) {
+      one.node.now = two.node.now = start + now;
+      if (prober.deadline().at <= now) prober.handleTimeout(now);
+      for (let output = prober.poll(); output !== undefined; output = prober.poll()) {
+        if (output.kind !== 'send') continue;
+        asked++;
+        one.control.probe(output.nonce, output.nodeIp, output.ewp, one.node.now);
+        two.hear(one.take(), '10.0.0.1');
+        const answer = { nonce: output.nonce, rttMs: 1, subnet, liveLow: 0, liveHigh: 0 };
+        if (second < 20 || second % 30 > 4) prober.handleAnswer(answer, now);
+      }
+    }
+    perSecond = Math.max(perSecond, asked);
+    two.hear(one.greet(2), '10.0.0.1');
+    one.node.now += 1_000;
+  }
+  assert.is(two.counter('drop_excess_control'), 0);
+  assert.ok(perSecond >= 5 && perSecond <= 9, `${perSecond}/s`);
 });
 
 test('who greets before a route names it is known when one does; such are bounded', () => {
