@@ -117,6 +117,8 @@ export const UDP_IDLE_MS = 180_000;
 
 /** Status in a probe's answer: version and flags 4, subnet 4, load 4, live bits 8, coordinate 11 × 4 (src/wire/probe.ts). */
 export const PROBE_STATUS_BYTES = 64;
+/** What is taken of it from a newer version, which may append: four times as much, still one small packet. */
+export const PROBE_STATUS_BYTES_MAX = 256;
 /** Choices of one report of the packet loop. */
 export const CHOICES_PER_REPORT_MAX = 64;
 /** TCP flows: a lost SYN is repeated for about 130 s (tcp_syn_retries = 6); established as long as an idle connection

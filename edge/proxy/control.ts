@@ -25,7 +25,7 @@ const PROBE_WAIT_MS = 10_000;
 const NOTHING = new Uint8Array(0);
 /** Target of a frame to a node whose subnet is not known. */
 const ANYBODY = 0;
-/** A frame with the longest status. */
+/** The longest frame that is sent: one with a status of ours. */
 export const CONTROL_BYTES = CONTROL.size + PROBE_STATUS_BYTES;
 
 export interface ControlMeans {

@@ -66,7 +66,8 @@ export function encodeProbeStatus(status: ProbeStatus): Uint8Array {
   return bytes;
 }
 
-/** Longer is allowed (a newer minor version may append), shorter is not. A coordinate or load out of range fails. */
+/** Longer is allowed (a newer minor version may append, up to PROBE_STATUS_BYTES_MAX), shorter is not. A coordinate or
+ *  load out of range fails. */
 export function decodeProbeStatus(bytes: Uint8Array): Result<ProbeStatus> {
   if (bytes.length < PROBE_STATUS_BYTES)
     return fail('invalid_record', `probe status: ${bytes.length} bytes, ${PROBE_STATUS_BYTES} are needed`);

@@ -13,7 +13,7 @@
 //   |              stamp (8 octets)                 |   24   microseconds, the sender's own; grows
 //   |       proof (16 octets)                       |   32   HMAC-SHA-256 under the secret of all the rest, cut
 //   |       status, only in an answer to a probe    |   48   carried, not looked into (probe.ts)
-import { PROBE_STATUS_BYTES } from '../limits.ts';
+import { PROBE_STATUS_BYTES_MAX } from '../limits.ts';
 import type { Bytes } from './bytes.ts';
 
 export const TUNNEL = { flags: 0, next: 3, vni: 4, size: 8 } as const;
@@ -75,9 +75,10 @@ export function writeControl(bytes: Bytes, offset: number, vni: number, control:
   view.setUint32(offset + CONTROL.stamp + 4, control.stampUs % 2 ** 32);
 }
 
-/** Undefined when the length is wrong or the kind unknown. */
+/** Undefined when the kind is unknown or the length wrong: only an answer to a probe may have anything behind its proof,
+ *  up to PROBE_STATUS_BYTES_MAX, which leaves room for a newer version's status. */
 export function readControl(bytes: Bytes, offset: number, length: number): Control | undefined {
-  if (length < CONTROL.size || length > CONTROL.size + PROBE_STATUS_BYTES) return undefined;
+  if (length < CONTROL.size || length > CONTROL.size + PROBE_STATUS_BYTES_MAX) return undefined;
   const { view } = bytes;
   const kind = view.getUint32(offset + CONTROL.kind) >>> 24;
   if (kind < CONTROL_KIND.hello || kind > CONTROL_KIND.probeBack) return undefined;

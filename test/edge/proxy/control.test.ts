@@ -3,12 +3,20 @@ import { createHmac } from 'node:crypto';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Prober } from '../../../edge/probe.ts';
-import { CONTROL_BYTES, Control } from '../../../edge/proxy/control.ts';
+import { Control } from '../../../edge/proxy/control.ts';
 import type { Peer } from '../../../edge/proxy/peers.ts';
-import { PEER_ANSWERS_BURST, PEER_ANSWERS_PER_S, STRANGER_ANSWERS_PER_S } from '../../../src/limits.ts';
+import { ipv4 } from '../../../src/addr.ts';
+import {
+  PEER_ANSWERS_BURST,
+  PEER_ANSWERS_PER_S,
+  PROBE_STATUS_BYTES,
+  PROBE_STATUS_BYTES_MAX,
+  STRANGER_ANSWERS_PER_S,
+} from '../../../src/limits.ts';
 import { Rng } from '../../../src/rng.ts';
 import { newBytes } from '../../../src/wire/bytes.ts';
-import { CONTROL, CONTROL_KIND } from '../../../src/wire/tunnel.ts';
+import { decodeProbeStatus, encodeProbeStatus } from '../../../src/wire/probe.ts';
+import { CONTROL, CONTROL_KIND, CONTROL_PROOF_BYTES, writeControl } from '../../../src/wire/tunnel.ts';
 import { a, NodeUnderTest } from './world.ts';
 
 interface Sent {
@@ -23,12 +31,13 @@ class Speaker {
   readonly control: Control;
   readonly sent: Sent[] = [];
   readonly probed: number[] = [];
+  readonly statuses: Uint8Array[] = [];
   wallUs = 1e15;
   #token = 1_000;
 
-  constructor(n: number, secret = 'secret', node = new NodeUnderTest(n)) {
+  constructor(n: number, secret = 'secret', node = new NodeUnderTest(n), statusBytes = PROBE_STATUS_BYTES) {
     this.node = node;
-    const bytes = newBytes(CONTROL_BYTES);
+    const bytes = newBytes(CONTROL.size + statusBytes);
     const config = { vni: 0x4557, subnetBase: a(`172.16.0.${64 * n}`) } as ConstructorParameters<
       typeof Control
     >[0];
@@ -37,7 +46,10 @@ class Speaker {
       prove: (head, tail) => createHmac('sha256', secret).update(head).update(tail).digest(),
       token: () => this.#token++,
       wallUs: () => this.wallUs,
-      report: ({ token }) => this.probed.push(token),
+      report: ({ token, status }) => {
+        this.probed.push(token);
+        this.statuses.push(status);
+      },
     });
   }
 
@@ -46,7 +58,7 @@ class Speaker {
   }
 
   hear(frame: Uint8Array, ip: string, port = 4790): void {
-    const bytes = newBytes(200);
+    const bytes = newBytes(400);
     bytes.u8.set(frame, 8);
     this.control.take(bytes, 8, frame.length, a(ip), port, this.node.now);
   }
@@ -156,6 +168,41 @@ test('a probe is answered with the status, also one to a node that no route name
   two.hear(one.take(), '10.0.0.200');
   assert.is(two.sent.length, 1);
   assert.is(two.peer(1)!.seenMs, seen, 'what was said to anybody proves no place');
+});
+
+test('proved frames are taken at the lengths that are documented: a status of 0…256 octets in an answer, else nothing', () => {
+  const two = new Speaker(2);
+  const prove = (bytes: Uint8Array): Uint8Array =>
+    createHmac('sha256', 'secret')
+      .update(bytes.subarray(0, CONTROL.proof))
+      .update(bytes.subarray(CONTROL.size))
+      .digest()
+      .subarray(0, CONTROL_PROOF_BYTES);
+  const [subnet, target] = [a('172.16.0.64'), a('172.16.0.128')];
+  let stampUs = 1e15;
+  for (const kind of [0, ...Object.values(CONTROL_KIND), 5])
+    for (let more = 0; more <= PROBE_STATUS_BYTES_MAX + 8; more++) {
+      const bytes = newBytes(CONTROL.size + more);
+      writeControl(bytes, 0, 0x4557, { kind, token: 1, subnet, target, stampUs: ++stampUs });
+      bytes.u8.set(prove(bytes.u8), CONTROL.proof);
+      const bad = two.counter('drop_bad_control');
+      two.hear(bytes.u8, '10.0.0.1');
+      const known = kind >= CONTROL_KIND.hello && kind <= CONTROL_KIND.probeBack;
+      const fits = more <= (kind === CONTROL_KIND.probeBack ? PROBE_STATUS_BYTES_MAX : 0);
+      assert.is(two.counter('drop_bad_control') === bad, known && fits, `kind ${kind}, ${more} octets more`);
+    }
+});
+
+test('the status of a newer version arrives whole, what it appended included', () => {
+  const [one, two] = [new Speaker(1), new Speaker(2, 'secret', new NodeUnderTest(2), PROBE_STATUS_BYTES_MAX)];
+  const status = { subnet: ipv4(a('172.16.0.128')), liveLow: 5, liveHigh: 0 };
+  two.control.status = new Uint8Array([...encodeProbeStatus(status), 1, 2, 3]);
+  one.control.probe(7, a('10.0.0.2'), 4790, one.node.now);
+  two.hear(one.take(), '10.0.0.1');
+  one.hear(two.take(), '10.0.0.2');
+  assert.is(one.statuses[0]!.length, PROBE_STATUS_BYTES + 3);
+  const decoded = decodeProbeStatus(one.statuses[0]!);
+  assert.ok(decoded.ok && decoded.value.liveLow === 5);
 });
 
 test("a node that asks without end is answered at a bounded rate, which is nobody else's loss", () => {
