@@ -826,7 +826,10 @@ export class Agent implements NodeControl {
   ): Promise<Steering> {
     const { config, table, clock, timers, vitals, nonce, files } = this.#parts;
     const path = `${config.dataDir}/coordinate.json`;
-    const coordinate = decodeCoordinate((await files.read(path)) ?? '');
+    const text = await files.read(path);
+    const kept = text === undefined ? undefined : decodeCoordinate(text);
+    if (kept?.ok === false)
+      this.#log.warn({ file: path, error: kept.error.message }, 'coordinate is not readable; starting anew');
     return new Steering({
       node: config.node,
       subnet: claim.subnet.base,
@@ -838,15 +841,15 @@ export class Agent implements NodeControl {
       log: this.#log,
       seed: this.#seed(),
       nonce,
-      ...(coordinate.ok ? { coordinate: coordinate.value } : {}),
+      ...(kept?.ok === true ? { coordinate: kept.value } : {}),
       send: (command) => loop.send(command),
       publish: (position) => {
         this.#position = position;
-        const kept = files.write(path, encodeCoordinate(position.coordinate));
+        const written = files.write(path, encodeCoordinate(position.coordinate));
         const told = presence
           .held(limits.READ_YOUR_WRITES_MS)
           .then((lease) => this.#publishNode(lease, claim));
-        Promise.all([kept, told]).catch((thrown: unknown) =>
+        Promise.all([written, told]).catch((thrown: unknown) =>
           this.#log.debug({ error: toEdgewayError(thrown).message }, 'position is not published'),
         );
       },

@@ -2,8 +2,16 @@
 // gives back when the store goes away, forgets, or somebody deletes what was the agent's.
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
+import { ORIGIN } from '../../src/coordinate.ts';
 import { EdgewayError } from '../../src/error.ts';
-import { DEFAULT_NETWORK_CONFIG as config, encodeHost, encodeNode } from '../../src/records.ts';
+import { SILENT } from '../../src/log.ts';
+import {
+  DEFAULT_NETWORK_CONFIG as config,
+  encodeCoordinate,
+  encodeHost,
+  encodeNode,
+} from '../../src/records.ts';
+import { decodeProbeStatus } from '../../src/wire/probe.ts';
 import { CART, descriptor, ip, node } from '../support/sample.ts';
 import { settle } from '../support/time.ts';
 import { deployCart, during, keys, keysOf, start, type World } from './world.ts';
@@ -198,6 +206,34 @@ test('Agent: a claim that may have ended while the node was off is not used with
   world.kv.partitioned = true;
   await during(world, assertRejects(world.agent.restore(), 'coordination_unavailable'));
   assert.is(world.host.attached.size, 0);
+});
+
+test('Agent: a restart goes on from its coordinate; a damaged file is reported once and costs only that', async () => {
+  const position = { vec: [3, -4, 0, 0, 0, 0, 0, 12.5], height: 2.5, adjustment: 0.25, error: 0.125 };
+  const path = '/data/coordinate.json';
+  const first = start();
+  await first.files.write(path, encodeCoordinate(position));
+  /** What its answers to probes say, and what is said of the file. */
+  const run = async (): Promise<{ told: unknown; warned: number }> => {
+    const lines: unknown[] = [];
+    const note = (fields: object): void => void ('file' in fields && lines.push(fields));
+    const world = start({}, first, { log: { ...SILENT, warn: note, error: note } });
+    await during(world, world.agent.restore(), 2_000);
+    const command = world.loops[0]!.commands.find(({ kind }) => kind === 'probeStatus');
+    const status = command?.kind === 'probeStatus' ? decodeProbeStatus(command.status) : undefined;
+    await during(world, world.agent.stop(), 2_000);
+    assert.ok(status?.ok);
+    return { told: status.value.coordinate, warned: lines.length };
+  };
+  for (let restart = 0; restart < 2; restart++) assert.equal(await run(), { told: position, warned: 0 });
+  for (const damaged of ['', '{', '{"v":1,"vec":[1]}', encodeCoordinate({ ...position, error: 9 })]) {
+    await first.files.write(path, damaged);
+    const { told, warned } = await run();
+    assert.is((told as typeof position).error, ORIGIN.error, damaged);
+    assert.is(warned, 1, damaged);
+  }
+  await first.files.remove(path);
+  assert.is((await run()).warned, 0, 'a first start');
 });
 
 test('Agent: a packet loop that ended is started again and told everything', async () => {

@@ -11,7 +11,7 @@ import { type InterestOptions, RouteFollower } from '../../edge/routes/follow.ts
 import { EdgewayError } from '../../src/error.ts';
 import { Keys } from '../../src/keys.ts';
 import { INTEREST_IDLE_MS, INTEREST_NEGATIVE_MS, INTERESTS_MAX } from '../../src/limits.ts';
-import { SILENT } from '../../src/log.ts';
+import { type Logger, SILENT } from '../../src/log.ts';
 import type { NetworkConfig } from '../../src/model.ts';
 import { DEFAULT_NETWORK_CONFIG } from '../../src/records.ts';
 import { CART, ip } from '../support/sample.ts';
@@ -71,7 +71,7 @@ export interface World {
 export function start(
   flags: Record<string, string> = {},
   earlier: Partial<World> = {},
-  more: { nat?: boolean; network?: NetworkConfig; interest?: boolean } = {},
+  more: { nat?: boolean; network?: NetworkConfig; interest?: boolean; log?: Logger } = {},
 ): World {
   const time = earlier.time ?? new VirtualTime();
   const store = earlier.store ?? new MemoryStore(() => time.monotonicMs());
@@ -119,7 +119,7 @@ export function start(
     files,
     clock,
     timers: { after },
-    log: SILENT,
+    log: more.log ?? SILENT,
     random: () => 0.5,
     nonce: () => ++nonces,
     vitals: {
