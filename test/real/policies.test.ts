@@ -149,7 +149,7 @@ test.before(async () => {
   await apply(PAY, {
     health: { tcp: { port: PORT }, intervalMs: 200, timeoutMs: 5_000, fall: 2, rise: 1 },
   });
-  await apply('shop.prod.client.v1', { needs: [CART, PAY] });
+  await apply('shop.prod.client.v1', { needs: [CART, PAY, 'shop.prod.web.v1', 'shop.prod.gone.v1'] });
   client = await lab.addInstance('client');
   await call(1, 'POST', '/api/v1/instances', { service: 'shop.prod.client.v1', instance: 1, netns: client });
   for (const node of [2, 3]) await attachProcess(CART, node - 1, node);
@@ -241,6 +241,59 @@ test('health check: an instance is chosen from when its port answers until it do
   );
   await listen(2, namespaces[0]!);
   await becomes('n2 listens again', PAY, 'closest', { n2: 100, n3: 0 });
+});
+
+test('health check by http: 503 takes the instance out of new choices, 200 brings it back; explain says so', async () => {
+  const service = 'shop.prod.web.v1';
+  const check = { port: 8080, path: '/healthy' };
+  await apply(service, { health: { http: check, intervalMs: 200, timeoutMs: 5_000, fall: 2, rise: 1 } });
+  const file = join(lab.dir, 'broken');
+  for (const node of [2, 3]) {
+    const netns = await lab.addInstance(`web${node}`);
+    const log = (what: string): string => join(lab.dir, `web${node}-${what}.log`);
+    lab.spawn(netns, self('test/lab/echo.ts', String(PORT), `n${node}`), log('echo'));
+    // Only the nearer one breaks.
+    const broken = node === 2 ? file : join(lab.dir, 'never');
+    lab.spawn(netns, self('test/lab/http_health.ts', '8080', '/healthy', broken), log('health'));
+    await call(node, 'POST', '/api/v1/instances', { service, instance: node - 1, netns });
+  }
+  await becomes('both are healthy', service, 'roundrobin', { n2: 50, n3: 50 });
+  await answers(service, 'closest', 'n2');
+  writeFileSync(file, '');
+  await becomes('n2 says 503', service, 'closest', { n2: 0, n3: 100 });
+  await answers(service, 'closest', 'n3');
+  const [broken, well] = (await explain(`${service}.any.closest.local`)).candidates;
+  assert.equal([broken!.node, broken!.health, well!.node, well!.health], ['n2', 'down', 'n3', 'up']);
+  const cli = await run([
+    ...['ip', 'netns', 'exec', lab.node(1).netns],
+    ...lab.command('explain', `${service}.any.closest.local`, '--api', `unix:${lab.node(1).apiSocket}`),
+  ]);
+  assert.match(cli.stdout, /1 +n2 +0 % .*down/, cli.stderr);
+  rmSync(file);
+  await becomes('n2 says 200', service, 'closest', { n2: 100, n3: 0 });
+  await answers(service, 'closest', 'n2');
+});
+
+test('a namespace that is deleted under its agent is out of choices on its own node at once, before the keyspace says so', async () => {
+  const service = 'shop.prod.gone.v1';
+  await apply(service);
+  const netns = await lab.addInstance('gone1');
+  await call(1, 'POST', '/api/v1/instances', { service, instance: 1, netns });
+  await attachProcess(service, 2, 3);
+  await becomes('the local one is nearest', service, 'closest', { n1: 100, n3: 0 });
+  // Cut off from etcd: what follows is this node's own finding.
+  const rules =
+    'table inet away { chain output { type filter hook output priority 0; tcp dport 2379 drop; }; }';
+  await must(['ip', 'netns', 'exec', lab.node(1).netns, 'nft', rules]);
+  await must(['ip', 'netns', 'del', netns]);
+  await becomes('the local one is passed over', service, 'closest', { n3: 100 });
+  await answers(service, 'closest', 'n3');
+  await must(['ip', 'netns', 'exec', lab.node(1).netns, 'nft', 'delete table inet away']);
+  await until('its key is gone', 60_000, async () =>
+    (await lab.etcdctl('get', '--prefix', '--keys-only', `/edgeway/v1/instances/${service}/1`)).trim() === ''
+      ? true
+      : undefined,
+  );
 });
 
 test('health command: it runs in the namespace, and its verdict counts; a namespace that goes takes the instance along', async () => {
