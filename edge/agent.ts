@@ -431,12 +431,6 @@ export class Agent implements NodeControl {
     return this.#registered?.loop.down;
   }
 
-  /** Whether flows may still use a service although nobody asks for it any more. */
-  busy(service: ServiceId): boolean {
-    const node = this.#registered;
-    return node !== undefined && node.loop.flows() > 0 && node.steering.choices(service).length > 0;
-  }
-
   counters(): Readonly<Record<string, number>> {
     const node = this.#registered;
     if (node === undefined) return {};
@@ -1219,6 +1213,8 @@ export class Agent implements NodeControl {
     const { routes } = this.#parts;
     if (report.kind === 'miss') void this.#lookUp(report.address);
     if (report.kind === 'chosen') for (const { service } of report.choices) void routes.ask(service);
+    // What is in use stays followed, however long ago it was chosen.
+    if (report.kind === 'flows') for (const service of report.services) void routes.ask(service);
   }
 
   /** The loop holds a packet meanwhile: it goes on with the route, or its sender is told that nobody has the address. */

@@ -146,7 +146,6 @@ async function start(
     ownerOf: async (address) => (await ownerOf(kv, keys, address))?.service,
     // Also one that rests, or whose holder cannot be read.
     subnetTaken: async (subnet) => (await kv.get(keys.build({ kind: 'subnet', subnet }))) !== undefined,
-    busy: (service) => agent.busy(service),
     ...(underlay.nat ? { called: config.node } : {}),
   };
   const needed = config.follow === 'needed' ? { interest } : {};

@@ -222,7 +222,7 @@ export class Steering {
         this.#count(choice, choice.count, nowMs);
         this.#unlisted += choice.count;
       }
-    } else if (report.kind === 'flowPeers') {
+    } else if (report.kind === 'flows') {
       for (const subnet of report.subnets) {
         const host = this.#nodeOf.get(subnet);
         if (host !== undefined) this.#prober.handleUse(host, nowMs);

@@ -142,9 +142,9 @@ export const FLOW_AGE_S = 30;
 export const FLOW_WRITE_MS = 10;
 /** Flows looked at for expiry per tick of 250 ms; 65,536 are seen within 4 s. */
 export const FLOW_SWEEP = 4_096;
-/** How often the packet loop says which nodes its flows lead to: every flow is seen twice meanwhile, and a node is
- *  watched for three times as long (edge/probe.ts). */
-export const FLOW_PEERS_MS = 10_000;
+/** How often the packet loop says which services and nodes its flows lead to: every flow is seen twice meanwhile, a node
+ *  is watched for three times as long (edge/probe.ts), and no interest ends within a minute (`--interest-idle`). */
+export const FLOWS_MS = 10_000;
 
 /** How long a peer's address seen in an authentic packet stands; three keep-alives. */
 export const PEER_LEARNED_MS = 75_000;

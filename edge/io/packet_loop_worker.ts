@@ -41,9 +41,9 @@ import {
 } from 'node-tun';
 import { formatIpv4, type Ipv4, ipv4 } from '../../src/addr.ts';
 import {
-  FLOW_PEERS_MS,
   FLOW_SWEEP,
   FLOW_WRITE_MS,
+  FLOWS_MS,
   PROBE_STATUS_BYTES,
   SEGMENTS_MAX,
   SOCKET_BUFFER_BYTES,
@@ -162,7 +162,7 @@ class Loop {
   #now = 0;
   #tickedMs = 0;
   #reportedMs = 0;
-  #flowPeersMs = 0;
+  #flowsMs = 0;
   #flowFile: FlowFile | undefined;
   #wroteMs = 0;
   #rememberedUntilMs = performance.now() + REMEMBER_MS;
@@ -761,12 +761,10 @@ class Loop {
       });
       proxy.unlisted.clear();
     }
-    if (now - this.#flowPeersMs >= FLOW_PEERS_MS) {
-      this.#flowPeersMs = now;
-      const subnets: Ipv4[] = [];
-      for (const { flowMs, subnet } of proxy.routes.peers.values())
-        if (now - flowMs < FLOW_PEERS_MS) subnets.push(ipv4(subnet));
-      if (subnets.length > 0) this.report({ kind: 'flowPeers', subnets });
+    if (now - this.#flowsMs >= FLOWS_MS) {
+      this.#flowsMs = now;
+      const { services, subnets } = proxy.routes.used(now - FLOWS_MS);
+      if (services.length > 0) this.report({ kind: 'flows', services, subnets });
     }
     this.#control.tick(now);
   }

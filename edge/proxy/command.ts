@@ -111,9 +111,9 @@ export type ProxyReport =
       readonly choices: readonly Choice[];
       readonly unlisted: readonly ChoiceCount[];
     }
-  /** Other nodes, by the first address of their subnet, to which flows lead that have not ended; every
-   *  FLOW_PEERS_MS, as long as there are any. */
-  | { readonly kind: 'flowPeers'; readonly subnets: readonly Ipv4[] }
+  /** Where flows lead that have not ended, every FLOWS_MS as long as there are any: services, and other nodes by the
+   *  first address of their subnet. */
+  | { readonly kind: 'flows'; readonly services: readonly ServiceId[]; readonly subnets: readonly Ipv4[] }
   /** Something an operator should know once: an offload that this kernel refuses, a setting that did not take. */
   | { readonly kind: 'notice'; readonly text: string };
 

@@ -364,8 +364,10 @@ export class FlowTable {
       const flow = this.#slots[this.#swept++];
       if (flow === undefined) continue;
       if (!isStale(flow, now)) {
-        const { peer } = flow.instance;
-        if (peer !== undefined && flow.state < FLOW_STATE.closed) peer.flowMs = now;
+        if (flow.state >= FLOW_STATE.closed) continue;
+        const { peer, service } = flow.instance;
+        service.flowMs = now;
+        if (peer !== undefined) peer.flowMs = now;
         continue;
       }
       this.remove(flow);

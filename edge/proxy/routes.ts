@@ -1,6 +1,6 @@
 // The packet path's own projection of the routing table, built from ProxyCommands: addresses to services and
 // instances, instances to peers, local instances to their rights. It refuses to see packets and flows.
-import type { Ipv4 } from '../../src/addr.ts';
+import { type Ipv4, ipv4 } from '../../src/addr.ts';
 import { Turns } from '../../src/choose.ts';
 import { PEER_KEPT_MS, PEERS_SPARE_MAX } from '../../src/limits.ts';
 import type { ServiceId } from '../../src/name.ts';
@@ -34,6 +34,8 @@ export interface ServiceEntry {
   weights: Readonly<Record<Policy, Float64Array>>;
   readonly turns: Readonly<Record<Policy, Turns>>;
   addresses: Readonly<Partial<Record<Policy, Ipv4>>>;
+  /** When the sweep last found a flow to it that has not ended. */
+  flowMs: number;
 }
 
 /** What an address of the service range means. */
@@ -180,6 +182,15 @@ export class Routes {
     return index < 0 ? undefined : service.instances[index];
   }
 
+  /** Services and other nodes, by the first address of their subnet, to which the sweep found flows since then. */
+  used(sinceMs: number): { readonly services: ServiceId[]; readonly subnets: Ipv4[] } {
+    const services: ServiceId[] = [];
+    for (const { id, flowMs } of this.#services.values()) if (flowMs > sinceMs) services.push(id);
+    const subnets: Ipv4[] = [];
+    for (const { subnet, flowMs } of this.peers.values()) if (flowMs > sinceMs) subnets.push(ipv4(subnet));
+    return { services, subnets };
+  }
+
   deleteService(id: ServiceId): InstanceEntry[] {
     const service = this.#services.get(id);
     if (service === undefined) return [];
@@ -292,6 +303,7 @@ export class Routes {
       id,
       instances: [],
       addresses: {},
+      flowMs: Number.NEGATIVE_INFINITY,
       told: undefined,
       weights: { roundrobin: none, closest: none, fastest: none },
       turns: { roundrobin: turns(), closest: turns(), fastest: turns() },

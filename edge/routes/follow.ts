@@ -80,8 +80,6 @@ export interface InterestOptions extends InterestLimits {
   readonly ownerOf: (address: Ipv4) => Promise<ServiceId | undefined>;
   /** Whether a node holds that subnet, asked of the store. */
   readonly subnetTaken: (subnet: Cidr) => Promise<boolean>;
-  /** Whether flows still use a service although nobody asks for it. */
-  readonly busy?: (service: ServiceId) => boolean;
   /** This node's id, when a NAT hides it: the records of those who call it are followed. */
   readonly called?: string;
 }
@@ -413,7 +411,7 @@ export class RouteFollower {
     const everyMs = Math.min(options.idleMs, options.negativeMs) * EXPIRY_FRACTION;
     this.#cancelExpiry = this.#after(everyMs, () => {
       if (this.#closed) return;
-      const ended = interest.expire(options.now(), this.#live, this.#exists, options.busy);
+      const ended = interest.expire(options.now(), this.#live, this.#exists);
       for (const service of ended) this.#end(service);
       this.table.forgetSubnets();
       this.#armExpiry();

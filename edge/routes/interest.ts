@@ -102,16 +102,8 @@ export class Interest {
     return oldest;
   }
 
-  /**
-   * What to stop following now. `live`: whether the store is there; `exists`: whether a service was found;
-   * `busy`: whether something that does not ask (a flow) still uses it.
-   */
-  expire(
-    nowMs: number,
-    live: boolean,
-    exists: (service: ServiceId) => boolean,
-    busy: (service: ServiceId) => boolean = () => false,
-  ): ServiceId[] {
+  /** What to stop following now. `live`: whether the store is there; `exists`: whether a service was found. */
+  expire(nowMs: number, live: boolean, exists: (service: ServiceId) => boolean): ServiceId[] {
     if (!live) return [];
     const ended: ServiceId[] = [];
     for (const [service, lastMs] of this.#used) {
@@ -119,7 +111,6 @@ export class Interest {
       // Oldest first: from the first one that is younger than the shorter limit on, none can have expired.
       if (idleMs < Math.min(this.#limits.negativeMs, this.#limits.idleMs)) break;
       if (idleMs < (exists(service) ? this.#limits.idleMs : this.#limits.negativeMs)) continue;
-      if (!this.#pinned.has(service) && busy(service)) continue;
       this.#used.delete(service);
       if (!this.#pinned.has(service)) ended.push(service);
     }

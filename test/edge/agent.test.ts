@@ -4,6 +4,7 @@ import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { ORIGIN } from '../../src/coordinate.ts';
 import { EdgewayError } from '../../src/error.ts';
+import { FLOWS_MS, INTEREST_IDLE_MS } from '../../src/limits.ts';
 import { SILENT } from '../../src/log.ts';
 import {
   DEFAULT_NETWORK_CONFIG as config,
@@ -234,6 +235,24 @@ test('Agent: a restart goes on from its coordinate; a damaged file is reported o
   }
   await first.files.remove(path);
   assert.is((await run()).warned, 0, 'a first start');
+});
+
+test('Agent: a service that flows lead to stays followed, however long ago it was chosen; another one ends', async () => {
+  const other = start({ node: 'n2' });
+  await during(other, other.agent.restore());
+  await during(other, deployCart(other.agent));
+  const world = start({}, { time: other.time, store: other.store }, { interest: true });
+  await during(world, world.agent.restore());
+  await during(world, Promise.resolve(world.agent.asked(CART)), 1_000);
+  const { report } = world.loops[0]!;
+  const stays = (): boolean => world.routes.table.service(CART) !== undefined;
+  for (let ms = 0; ms < 2 * INTEREST_IDLE_MS; ms += FLOWS_MS) {
+    report({ kind: 'flows', services: [CART], subnets: [] });
+    await world.time.advance(FLOWS_MS);
+  }
+  assert.ok(stays());
+  await world.time.advance(2 * INTEREST_IDLE_MS);
+  assert.not.ok(stays());
 });
 
 test('Agent: a packet loop that ended is started again and told everything', async () => {

@@ -7,7 +7,7 @@ import { RouteTable } from '../../edge/routes/table.ts';
 import { type Position, PUBLISH_MS, QUIET_MS, Steering } from '../../edge/steering.ts';
 import { ipv4 } from '../../src/addr.ts';
 import { ORIGIN } from '../../src/coordinate.ts';
-import { EXPECTED_ASKER_BURST, EXPECTED_BURST, FLOW_PEERS_MS } from '../../src/limits.ts';
+import { EXPECTED_ASKER_BURST, EXPECTED_BURST, FLOWS_MS } from '../../src/limits.ts';
 import { SILENT } from '../../src/log.ts';
 import type { ServiceId } from '../../src/name.ts';
 import { Rng } from '../../src/rng.ts';
@@ -174,8 +174,8 @@ test('Steering: a node that old flows lead to is watched and found dead, however
   bench.place(CART, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
   bench.use(12);
   const live = async (until: number): Promise<void> => {
-    for (; bench.now < until; await bench.run(bench.now + FLOW_PEERS_MS))
-      bench.steering.report({ kind: 'flowPeers', subnets: [subnet(12), subnet(99)] });
+    for (; bench.now < until; await bench.run(bench.now + FLOWS_MS))
+      bench.steering.report({ kind: 'flows', services: [CART], subnets: [subnet(12), subnet(99)] });
   };
   await live(WARM_MS + 60_000);
   assert.equal(bench.steering.watched(), ['n12']);

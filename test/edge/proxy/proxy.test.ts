@@ -419,20 +419,24 @@ test('a node that is dead: as if its instances had gone, and a node that is not 
   assert.ok(carts.includes(1) && carts.includes(2));
 });
 
-test('the sweep marks the nodes that flows lead to, until their last flow has ended', () => {
+test('the sweep marks the services and nodes that flows lead to, until their last flow has ended', () => {
   const one = new NodeUnderTest(1);
   one.apply(cartCommand(1, [1]));
   const peer = one.proxy.routes.peers.get(a('172.16.0.128'))!;
   const out = (flags: number): string => one.leave(tcp({ source: CLIENT, target: CART_RR }, flags));
+  const used = (sinceMs: number): unknown => one.proxy.routes.used(sinceMs);
   one.proxy.tick(100, one.now);
   assert.is(peer.flowMs, Number.NEGATIVE_INFINITY);
+  assert.equal(used(Number.NEGATIVE_INFINITY), { services: [], subnets: [] });
   out(TCP_SYN);
   one.now += 3_600;
   one.proxy.tick(100, one.now);
   assert.is(peer.flowMs, one.now);
+  assert.equal(used(one.now - 1), { services: [CART], subnets: [a('172.16.0.128')] });
   out(TCP_RST);
   one.proxy.tick(100, one.now + 1);
   assert.is(peer.flowMs, one.now);
+  assert.equal(used(one.now), { services: [], subnets: [] });
 });
 
 test('a node that is suspect: what opens there is chosen anew, what is established stays', () => {

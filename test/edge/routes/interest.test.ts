@@ -31,7 +31,7 @@ const [A, B, C] = ['a.a.a.a', 'b.b.b.b', 'c.c.c.c'].map(sid) as [ServiceId, Serv
 const yes = (): boolean => true;
 const no = (): boolean => false;
 
-test('Interest begins with the first use and ends when idle, never while pinned, busy or cut off', () => {
+test('Interest begins with the first use and ends when idle, never while pinned or cut off', () => {
   const interest = new Interest(limits);
   assert.equal(interest.pin(new Set([A]), 0), [A]);
   assert.equal(interest.pin(new Set([A]), 0), []);
@@ -39,7 +39,6 @@ test('Interest begins with the first use and ends when idle, never while pinned,
   assert.is(interest.use(B, 1_000, true, yes).kind, 'followed');
   assert.equal(interest.expire(600_999, true, yes), []);
   assert.equal(interest.expire(601_000, false, yes), [], 'the store is away');
-  assert.equal(interest.expire(601_000, true, yes, yes), [], 'a flow uses it');
   assert.equal(interest.expire(601_000, true, yes), [B]);
   assert.ok(interest.has(A) && !interest.has(B));
   interest.pin(new Set(), 700_000);
