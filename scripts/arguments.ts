@@ -1,6 +1,5 @@
 // Arguments of the scripts: what --help prints, and what is said of an argument that is wrong. A script's usage is in
-// the comment at its head, and nowhere else; this reads it there. A
-// script is named by its URL.
+// the comment at its head, and nowhere else; this reads it there. A script is named by its URL.
 import { readFileSync } from 'node:fs';
 import process from 'node:process';
 import { type ParseArgsConfig, parseArgs } from 'node:util';
