@@ -14,7 +14,6 @@ import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
 import { connectEtcd } from './etcd/client.ts';
 import { parseCredentials } from './etcd/credentials.ts';
 import { systemTime } from './etcd/time.ts';
-import { serveOutside } from './io/outside_server.ts';
 import { parseZone, type Zone } from './outside.ts';
 import { parseRoles, startRoles } from './roles.ts';
 
@@ -122,7 +121,11 @@ async function run(argv: readonly string[]): Promise<void> {
     network: { ...DEFAULT_NETWORK_CONFIG, secret: randomBytes(32).toString('hex') },
     ttlS,
   });
-  const names = outside === undefined ? undefined : await serveOutside({ kv, keys, log, ...outside });
+  // Loaded when it is wanted: its socket needs the FFI, the roles do not.
+  const names =
+    outside === undefined
+      ? undefined
+      : await (await import('./io/outside_server.ts')).serveOutside({ kv, keys, log, ...outside });
   let stopping = false;
   const stop = async (): Promise<void> => {
     if (stopping) return;

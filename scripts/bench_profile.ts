@@ -242,6 +242,7 @@ function picture(profiles: readonly Profile[]): string {
     return [text(left - 8, y + 17, load, 'text-anchor="end"'), ...parts, cores];
   });
   return `<svg xmlns="http://www.w3.org/2000/svg" width="${left + width + 80}" height="${height}" font-family="sans-serif" font-size="12">
+<title>Where the time of the packet loops goes, by load</title>
 <rect width="100%" height="100%" fill="#fff"/>
 ${[...legend, text(left + width + 8, top - 8, 'cores'), ...bars].join('\n')}
 </svg>

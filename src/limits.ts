@@ -221,7 +221,7 @@ export const DNS_NEGATIVE_TTL_S = 0;
 /** Largest UDP answer, whatever a client offers: fits one IPv6 minimum-MTU packet (DNS flag day 2020: 1,280 − 40 − 8). */
 export const DNS_UDP_EDNS_MAX = 1232;
 /** Largest question taken from a UDP socket: a name has 255 octets, and with padding to blocks of 128 (RFC 8467 §4.1)
- *  real ones stay far below. On Deno each costs that much memory (coordinator/io/udp_deno.ts). */
+ *  real ones stay far below. */
 export const DNS_UDP_QUESTION_MAX = 1_024;
 /** Largest answer taken from an upstream server: DNS_UDP_EDNS_MAX is asked for, the rest is for servers that do not
  *  listen. */

@@ -5,7 +5,6 @@
 import type { Buffer } from 'node:buffer';
 import { Buffer as Bytes } from 'node:buffer';
 import { createServer, type Server, type Socket } from 'node:net';
-import { bindUdp } from '#udp';
 import { formatIpv4, type Ipv4 } from '../../src/addr.ts';
 import { EdgewayError } from '../../src/error.ts';
 import {
@@ -16,7 +15,7 @@ import {
   DNS_TCP_UNREAD_MAX,
   DNS_UDP_QUESTION_MAX,
 } from '../../src/limits.ts';
-import type { UdpServer } from './udp.ts';
+import { bindUdp, type UdpServer } from './udp_server.ts';
 
 /** An error answer that repeats no question. */
 const HEADER_ONLY = 12;

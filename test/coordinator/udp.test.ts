@@ -1,10 +1,9 @@
-// The socket of a DNS server, the runtime's own or ours: test/edge/io/dns_server.test.ts says what goes over it.
+// The UDP socket of a DNS server; test/edge/io/dns_server.test.ts says what goes over it.
 import { Buffer } from 'node:buffer';
 import { createSocket, type Socket } from 'node:dgram';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
-import { bindUdp } from '#udp';
-import type { UdpServer } from '../../coordinator/io/udp.ts';
+import { bindUdp, type UdpServer } from '../../coordinator/io/udp_server.ts';
 import { type Ipv4, ipv4 } from '../../src/addr.ts';
 
 const LOOPBACK = ipv4(0x7f000001);
