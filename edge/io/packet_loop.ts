@@ -4,6 +4,7 @@ import process from 'node:process';
 import { MessageChannel, Worker } from 'node:worker_threads';
 import { EFD_CLOEXEC, EFD_NONBLOCK, errnoName, system } from 'node-tun';
 import { EdgewayError } from '../../src/error.ts';
+import { LOOP_YOUNG_MB } from '../../src/limits.ts';
 import type { PacketLoop, StartPacketLoop } from '../ports.ts';
 import type { ProxyCommand, ProxyReport } from '../proxy/command.ts';
 import { COUNT, COUNTER_COUNT, COUNTER_NAMES } from '../proxy/verdict.ts';
@@ -29,6 +30,7 @@ export const startPacketLoop: StartPacketLoop = async (config, report) => {
   const worker = new Worker(new URL(`./packet_loop_worker.${extension}`, import.meta.url), {
     workerData: data,
     transferList: [port2],
+    resourceLimits: { maxYoungGenerationSizeMb: LOOP_YOUNG_MB },
   });
 
   let ended = false;
