@@ -109,6 +109,9 @@ async function run(argv: readonly string[]): Promise<void> {
 
   const kv = connectEtcd({ endpoints, log, ...(credentials === undefined ? {} : { credentials }) });
   const keys = new Keys(setting('root') ?? DEFAULT_ROOT);
+  const ended = new Promise<void>((resolve) => {
+    for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => resolve());
+  });
   const running = startRoles({
     kv,
     keys,
@@ -126,17 +129,11 @@ async function run(argv: readonly string[]): Promise<void> {
     outside === undefined
       ? undefined
       : await (await import('./io/outside_server.ts')).serveOutside({ kv, keys, log, ...outside });
-  let stopping = false;
-  const stop = async (): Promise<void> => {
-    if (stopping) return;
-    stopping = true;
-    await running.stop();
-    await names?.stop();
-    await kv.close();
-    process.exit(0);
-  };
-  process.on('SIGTERM', () => void stop());
-  process.on('SIGINT', () => void stop());
+  await ended;
+  await running.stop();
+  await names?.stop();
+  await kv.close();
+  process.exit(0);
 }
 
 function outsideSettings(

@@ -26,11 +26,13 @@ export async function runKudo(settings: {
   });
   try {
     const address = settings.listen ?? 'unix:/run/edgeway/kudo.sock';
-    const server = await serveGrpc(networkService(kudo), address, log);
-    log.info({ address: server.address }, 'Kudo network service is up');
-    await new Promise((resolve) => {
+    // Before it says that it is up: who reads that may end it at once.
+    const ended = new Promise((resolve) => {
       for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, resolve);
     });
+    const server = await serveGrpc(networkService(kudo), address, log);
+    log.info({ address: server.address }, 'Kudo network service is up');
+    await ended;
     await server.stop();
   } catch (thrown) {
     const { code, message } = toEdgewayError(thrown);
