@@ -1,7 +1,7 @@
 // Starts the packet loop in a thread of its own and speaks with it: commands by a message port and an eventfd that
 // wakes it, counters by shared memory. It touches no packet.
 import process from 'node:process';
-import { MessageChannel, Worker } from 'node:worker_threads';
+import { MessageChannel, receiveMessageOnPort, Worker } from 'node:worker_threads';
 import { EFD_CLOEXEC, EFD_NONBLOCK, errnoName, system } from 'node-tun';
 import { EdgewayError } from '../../src/error.ts';
 import { LOOP_YOUNG_MB } from '../../src/limits.ts';
@@ -47,14 +47,12 @@ export const startPacketLoop: StartPacketLoop = async (config, report) => {
   const gone = Promise.withResolvers<void>();
   const ready = Promise.withResolvers<void>();
   let stopped: Extract<ProxyReport, { kind: 'stopped' }> | undefined;
-  port.on('message', (message: ProxyReport) => {
+  const heard = (message: ProxyReport): void => {
     if (message.kind === 'ready') ready.resolve();
-    if (message.kind === 'stopped') {
-      stopped = message;
-      return;
-    }
-    report(message);
-  });
+    if (message.kind === 'stopped') stopped = message;
+    else report(message);
+  };
+  port.on('message', heard);
   worker.on('error', (error: unknown) => {
     stopped ??= { kind: 'stopped', error: error instanceof Error ? error.message : String(error) };
   });
@@ -63,6 +61,9 @@ export const startPacketLoop: StartPacketLoop = async (config, report) => {
     ended = true;
     process.off('exit', onExit);
     system.close(eventfd);
+    // Its last words may still be on their way.
+    for (let left = receiveMessageOnPort(port); left !== undefined; left = receiveMessageOnPort(port))
+      heard(left.message as ProxyReport);
     port.close();
     const last = stopped ?? { kind: 'stopped', error: 'the packet thread ended without a word' };
     ready.reject(
