@@ -1,7 +1,7 @@
 // Starts the packet loop in a thread of its own and speaks with it: commands by a message port and an eventfd that
 // wakes it, counters by shared memory. It touches no packet.
 import process from 'node:process';
-import { MessageChannel, receiveMessageOnPort, Worker } from 'node:worker_threads';
+import { MessageChannel, Worker } from 'node:worker_threads';
 import { EFD_CLOEXEC, EFD_NONBLOCK, errnoName, system } from 'node-tun';
 import { EdgewayError } from '../../src/error.ts';
 import { LOOP_YOUNG_MB } from '../../src/limits.ts';
@@ -13,6 +13,8 @@ import { FLAG, FLAGS, type ThreadData } from './packet_thread.ts';
 /** Bound on the wait for the thread to report that it is ready, and to end: it starts in 30–65 ms. */
 const START_MS = 10_000;
 const STOP_MS = 5_000;
+/** How long a message that was sent before the thread ended may take to arrive after it. */
+const LAST_WORDS_MS = 100;
 
 export const startPacketLoop: StartPacketLoop = async (config, report) => {
   const eventfd = system.eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -47,12 +49,11 @@ export const startPacketLoop: StartPacketLoop = async (config, report) => {
   const gone = Promise.withResolvers<void>();
   const ready = Promise.withResolvers<void>();
   let stopped: Extract<ProxyReport, { kind: 'stopped' }> | undefined;
-  const heard = (message: ProxyReport): void => {
+  port.on('message', (message: ProxyReport) => {
     if (message.kind === 'ready') ready.resolve();
     if (message.kind === 'stopped') stopped = message;
     else report(message);
-  };
-  port.on('message', heard);
+  });
   worker.on('error', (error: unknown) => {
     stopped ??= { kind: 'stopped', error: error instanceof Error ? error.message : String(error) };
   });
@@ -61,9 +62,11 @@ export const startPacketLoop: StartPacketLoop = async (config, report) => {
     ended = true;
     process.off('exit', onExit);
     system.close(eventfd);
-    // Its last words may still be on their way.
-    for (let left = receiveMessageOnPort(port); left !== undefined; left = receiveMessageOnPort(port))
-      heard(left.message as ProxyReport);
+    // Its last words may still be on their way, on either runtime.
+    if (stopped === undefined) setTimeout(conclude, LAST_WORDS_MS);
+    else conclude();
+  });
+  const conclude = (): void => {
     port.close();
     const last = stopped ?? { kind: 'stopped', error: 'the packet thread ended without a word' };
     ready.reject(
@@ -71,7 +74,7 @@ export const startPacketLoop: StartPacketLoop = async (config, report) => {
     );
     gone.resolve();
     report(last);
-  });
+  };
 
   const limit = setTimeout(() => {
     ready.reject(new EdgewayError('timeout', `the packet loop was not ready within ${START_MS} ms`));
