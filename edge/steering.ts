@@ -2,7 +2,7 @@
 // they decide into commands for the packet loop, and tells the agent what it must do itself: publish where this node
 // is, take away an instance that died. It holds the clock's only timer for them; it measures and chooses nothing.
 import { formatIpv4, type Ipv4, networkOf } from '../src/addr.ts';
-import { Budgets } from '../src/budget.ts';
+import { Budget, Budgets } from '../src/budget.ts';
 import { slowdown } from '../src/choose.ts';
 import { type Coordinate, movedMs } from '../src/coordinate.ts';
 import { EXPECTED_ASKER_BURST, EXPECTED_BURST, INTEREST_ASKERS_MAX } from '../src/limits.ts';
@@ -105,10 +105,9 @@ export class Steering {
   /** Other nodes by the first address of their subnet. */
   #nodeOf: ReadonlyMap<Ipv4, string> = new Map();
   #followedStale = true;
-  readonly #expects = new Budgets({
+  readonly #expects = new Budget({
     burst: EXPECTED_BURST,
     perS: EXPECTED_BURST / (EXPECTED_MS / 1_000),
-    callersMax: 1,
   });
   readonly #expectsOf = new Budgets({
     burst: EXPECTED_ASKER_BURST,
@@ -246,7 +245,7 @@ export class Steering {
   expect(service: ServiceId, asker: Ipv4): void {
     const nowMs = this.#parts.clock.monotonicMs();
     if (!this.#balancer.isCold(service, nowMs)) return;
-    if (!this.#expectsOf.take(asker, nowMs) || !this.#expects.take(0, nowMs)) return;
+    if (!this.#expectsOf.take(asker, nowMs) || !this.#expects.take(nowMs)) return;
     this.#balancer.expect(service, nowMs);
     this.#followedStale = true;
     this.#prober.hurry();

@@ -9,7 +9,7 @@
 import process from 'node:process';
 import {
   AF_INET,
-  errnoName,
+  check,
   IPPROTO_TCP,
   POLLFD,
   POLLIN,
@@ -22,6 +22,7 @@ import {
   SOL_SOCKET,
   system as sys,
   TCP_NODELAY,
+  writeAddress,
   writeSockaddr,
 } from 'node-tun';
 import { parseIpv4 } from '../src/addr.ts';
@@ -33,11 +34,6 @@ const buffer = sys.pointerAt(memory, 256);
 const BUFFER = 65_536;
 /** A datagram that begins so asks for the count and sets it back; its second octet tells the askings apart. */
 const ASK = 0xa5;
-
-function check(what: string, result: number): number {
-  if (result < 0) throw new Error(`${what}: ${errnoName(result)}`);
-  return result;
-}
 
 function option(fd: number, level: number, name: number, value: number): number {
   view.setInt32(0, value, true);
@@ -70,14 +66,10 @@ function serve(port: number): never {
   const message = new DataView(vector.bytes.buffer);
   const address = memory.address + 256;
   // msghdr at 64: name at 160, one vector at 128
-  const pointer = (at: number, value: number): void => {
-    message.setUint32(at, value % 2 ** 32, true);
-    message.setUint32(at + 4, value / 2 ** 32, true);
-  };
-  pointer(64, vector.address + 160);
-  pointer(64 + 16, vector.address + 128);
+  writeAddress(message, 64, vector.address + 160);
+  writeAddress(message, 64 + 16, vector.address + 128);
   message.setUint32(64 + 24, 1, true);
-  pointer(128, address);
+  writeAddress(message, 128, address);
   message.setUint32(128 + 8, BUFFER, true);
   const received = sys.pointerAt(vector, 64);
   let count = 0;

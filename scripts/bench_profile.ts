@@ -10,7 +10,7 @@ import process from 'node:process';
 import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { formatIpv4 } from '../src/addr.ts';
-import { inside, type LabHost, ProxyLab, runtimeArgv, shell } from './proxy_lab.ts';
+import { inside, type LabHost, ProxyLab, runtimeArgv, setOffloads, shell } from './proxy_lab.ts';
 
 const { values } = parseArgs({
   allowPositionals: true,
@@ -55,12 +55,8 @@ function kindOf(symbol: string, object: string): Kind {
   if (object.includes('kernel') || object.startsWith('[k') || object.endsWith('.ko'))
     return KERNEL.find(([pattern]) => pattern.test(symbol))?.[1] ?? 'network';
   if (/wasm/i.test(symbol)) return 'sums';
-  return /^(JS:|.*perf-\d+\.map)/.test(object) || symbol.startsWith('JS:') ? jit(symbol) : 'runtime';
-}
-
-/** The map holds what V8 compiled from us and its own stubs. */
-function jit(symbol: string): Kind {
-  return /^JS:/.test(symbol) ? 'typescript' : 'runtime';
+  // The map holds what V8 compiled from us, and its own stubs.
+  return symbol.startsWith('JS:') ? 'typescript' : 'runtime';
 }
 
 interface Profile {
@@ -177,12 +173,7 @@ try {
     const generate = (mode: string, ...rest: string[]): string[] =>
       from(...runtimeArgv('node'), LOAD, mode, address, String(PORT), ...rest);
     const stream = (streams: string): string[] => from('iperf3', '-c', address, '-t', time, '-P', streams);
-    const offloads = (on: boolean): void => {
-      const state = on ? 'on' : 'off';
-      const set = ['tso', 'gso', 'tx-udp-segmentation'].flatMap((name) => [name, state]);
-      for (const { netns } of lab.hosts)
-        shell(inside(netns, 'ethtool', '-K', 'up0', ...set, 'gro', on ? 'off' : 'on'));
-    };
+    const wire = lab.hosts.map(({ netns }) => ({ netns, device: 'up0' }));
     await ended(from('iperf3', '-c', address, '-t', '2')); // warm
     const profiles: Profile[] = [];
     const add = async (load: string, argv: readonly string[]): Promise<void> => {
@@ -191,9 +182,9 @@ try {
       console.log(JSON.stringify(found));
     };
     await add('TCP, 1 stream', stream('1'));
-    offloads(false);
+    setOffloads(wire, false);
     await add('1,500-byte frames', stream('1'));
-    offloads(true);
+    setOffloads(wire, true);
     await add('TCP, 4 streams', stream('4'));
     await add('request, response', generate('rr', time));
     await add('UDP 64 B', generate('udp', '150000', time, '64'));

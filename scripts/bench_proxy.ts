@@ -19,7 +19,16 @@ import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { formatIpv4 } from '../src/addr.ts';
 import { FLOWS_MAX, MTU_DEFAULT, VNI_DEFAULT } from '../src/limits.ts';
-import { inside, type LabHost, ProxyLab, type Runtime, runtimeArgv, shell } from './proxy_lab.ts';
+import {
+  inside,
+  type LabHost,
+  type LinkEnd,
+  ProxyLab,
+  type Runtime,
+  runtimeArgv,
+  setOffloads,
+  shell,
+} from './proxy_lab.ts';
 
 const PATHS = ['veth', 'vxlan', 'kernel', 'node', 'deno', 'same_node'] as const;
 type Path = (typeof PATHS)[number];
@@ -68,7 +77,7 @@ interface Place {
   readonly server: string;
   readonly address: string;
   /** Ends of the underlay, for the runs in which every frame is at most 1,500 bytes. */
-  readonly wire: readonly { readonly netns: string; readonly device: string }[];
+  readonly wire: readonly LinkEnd[];
   readonly agents: readonly LabHost[];
 }
 
@@ -276,14 +285,6 @@ function udp64(place: Place): number {
   return best;
 }
 
-function offloads(place: Place, on: boolean): void {
-  const state = on ? 'on' : 'off';
-  for (const { netns, device } of place.wire) {
-    const set = ['tso', 'gso', 'tx-udp-segmentation'].flatMap((name) => [name, state]);
-    shell(inside(netns, 'ethtool', '-K', device, ...set, 'gro', on ? 'off' : 'on'));
-  }
-}
-
 type Step = (path: Path, place: Place, figures: Figures) => Promise<void> | void;
 
 /** Paths take turns at every step, so that what else the machine does meets all of them alike. */
@@ -302,11 +303,11 @@ const LOADS: Readonly<Record<string, Step>> = {
   },
   wire: (path, place, figures) => {
     if (path === 'same_node') return;
-    offloads(place, false);
+    setOffloads(place.wire, false);
     try {
       figures.wire_tcp1_mbps = iperf(place, 1).mbps;
     } finally {
-      offloads(place, true);
+      setOffloads(place.wire, true);
     }
   },
   rr: (_, place, figures) => {

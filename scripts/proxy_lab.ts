@@ -39,6 +39,19 @@ function ipBatch(netns: string | undefined, lines: readonly string[]): void {
 
 export const inside = (netns: string, ...argv: string[]): string[] => ['ip', 'netns', 'exec', netns, ...argv];
 
+export interface LinkEnd {
+  readonly netns: string;
+  readonly device: string;
+}
+
+/** Off, every frame on the link has its real size and the receiver joins them; on, a veth lets super-packets through. */
+export function setOffloads(ends: readonly LinkEnd[], on: boolean): void {
+  const state = on ? 'on' : 'off';
+  const set = ['tso', 'gso', 'tx-udp-segmentation'].flatMap((name) => [name, state]);
+  for (const { netns, device } of ends)
+    shell(inside(netns, 'ethtool', '-K', device, ...set, 'gro', on ? 'off' : 'on'));
+}
+
 function octets(_key: string, value: unknown): unknown {
   return value instanceof Uint8Array ? { octets: [...value] } : value;
 }

@@ -1,5 +1,5 @@
-// A budget for each of many callers, so that one cannot use up what is there for all: so much at once, and so much
-// more every second. Pure; a caller that is forgotten for want of room has its whole budget again.
+// Budgets: so much at once, and so much more every second, for one use or for each of many callers, so that one cannot
+// use up what is there for all. Pure; a caller that is forgotten for want of room has its whole budget again.
 import { assert } from './assert.ts';
 
 export interface BudgetLimits {
@@ -10,27 +10,46 @@ export interface BudgetLimits {
   readonly callersMax: number;
 }
 
+export class Budget {
+  readonly #burst: number;
+  readonly #perS: number;
+  #left: number;
+  #atMs = Number.NEGATIVE_INFINITY;
+
+  constructor({ burst, perS }: Omit<BudgetLimits, 'callersMax'>) {
+    assert(burst >= 1 && perS > 0, 'a budget gives something');
+    this.#burst = burst;
+    this.#perS = perS;
+    this.#left = burst;
+  }
+
+  /** Takes one; false when nothing is left. */
+  take(nowMs: number): boolean {
+    this.#left = Math.min(this.#burst, this.#left + ((nowMs - this.#atMs) * this.#perS) / 1_000);
+    this.#atMs = nowMs;
+    if (this.#left < 1) return false;
+    this.#left--;
+    return true;
+  }
+}
+
 export class Budgets {
   readonly #limits: BudgetLimits;
-  /** What is left and since when, in order of last use. */
-  readonly #spent = new Map<number | string, { left: number; atMs: number }>();
+  /** In order of last use. */
+  readonly #budgets = new Map<number | string, Budget>();
 
   constructor(limits: BudgetLimits) {
-    assert(limits.burst >= 1 && limits.perS > 0 && limits.callersMax >= 1, 'a budget gives something');
+    assert(limits.callersMax >= 1, "a budget is somebody's");
     this.#limits = limits;
   }
 
   /** Takes one from the caller's budget; false when nothing is left. */
   take(caller: number | string, nowMs: number): boolean {
-    const { burst, perS, callersMax } = this.#limits;
-    const held = this.#spent.get(caller) ?? { left: burst, atMs: nowMs };
-    this.#spent.delete(caller);
-    this.#spent.set(caller, held);
-    held.left = Math.min(burst, held.left + ((nowMs - held.atMs) * perS) / 1_000);
-    held.atMs = nowMs;
-    if (this.#spent.size > callersMax) this.#spent.delete(this.#spent.keys().next().value!);
-    if (held.left < 1) return false;
-    held.left--;
-    return true;
+    const budget = this.#budgets.get(caller) ?? new Budget(this.#limits);
+    this.#budgets.delete(caller);
+    this.#budgets.set(caller, budget);
+    if (this.#budgets.size > this.#limits.callersMax)
+      this.#budgets.delete(this.#budgets.keys().next().value!);
+    return budget.take(nowMs);
   }
 }

@@ -6,10 +6,10 @@ import { Buffer } from 'node:buffer';
 import { setImmediate as othersFirst, setTimeout as sleep } from 'node:timers/promises';
 import {
   AF_INET,
+  check,
   EFD_CLOEXEC,
   EFD_NONBLOCK,
   ERRNO,
-  errnoName,
   IOVEC_SIZE,
   MSG_DONTWAIT,
   MSGHDR,
@@ -196,10 +196,4 @@ function portOf(fd: number): number {
   new DataView(length.bytes.buffer).setUint32(0, SOCKADDR_IN.size, true);
   check('getsockname', system.getsockname(fd, name.pointer, length.pointer));
   return new DataView(name.bytes.buffer).getUint16(SOCKADDR_IN.port);
-}
-
-function check(call: string, result: number): number {
-  if (result >= 0) return result;
-  const code = errnoName(result);
-  throw Object.assign(new Error(`${call}: ${code}`), { code });
 }

@@ -5,6 +5,7 @@
 // sender's last, or it answers a greeting or probe of ours, whose token nobody could know before. The second is how a
 // node whose clock was set back is believed again.
 import type { Ipv4 } from '../../src/addr.ts';
+import { Budget } from '../../src/budget.ts';
 import { PEER_CHALLENGE_MS, PROBE_STATUS_BYTES, STRANGER_ANSWERS_PER_S } from '../../src/limits.ts';
 import type { Bytes } from '../../src/wire/bytes.ts';
 import {
@@ -15,7 +16,7 @@ import {
   writeControl,
 } from '../../src/wire/tunnel.ts';
 import type { ProxyConfig, ProxyReport } from './command.ts';
-import { Allowance, type Peer } from './peers.ts';
+import type { Peer } from './peers.ts';
 import type { Routes } from './routes.ts';
 import { COUNT, DROP } from './verdict.ts';
 
@@ -52,7 +53,7 @@ export class Control {
   /** When each probe left, by token. */
   readonly #probes = new Map<number, { readonly sentMs: number; readonly nodeIp: Ipv4 }>();
   /** Of answers to all nodes that are not among the peers. */
-  readonly #strangers = new Allowance(STRANGER_ANSWERS_PER_S, STRANGER_ANSWERS_PER_S);
+  readonly #strangers = new Budget({ burst: STRANGER_ANSWERS_PER_S, perS: STRANGER_ANSWERS_PER_S });
   #stampUs = 0;
 
   constructor(

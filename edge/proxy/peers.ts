@@ -3,6 +3,7 @@
 // A node is named by its subnet. The endpoint that it proved last wins over the keyspace, because a NAT in between may
 // have changed both address and port; it is forgotten when nothing came from there for a while. A data packet proves
 // nothing: whoever shares a node's address, an unprivileged process of it among them, can send one.
+import { Budget } from '../../src/budget.ts';
 import {
   PEER_ANSWERS_BURST,
   PEER_ANSWERS_PER_S,
@@ -10,25 +11,6 @@ import {
   PEER_KEEPALIVE_MS,
   PEER_LEARNED_MS,
 } from '../../src/limits.ts';
-
-/** So many answers per second, and at most `burst` at once: the virtual scheduling of ITU-T I.371. */
-export class Allowance {
-  readonly #stepMs: number;
-  readonly #aheadMs: number;
-  #dueMs = Number.NEGATIVE_INFINITY;
-
-  constructor(perS: number, burst: number) {
-    this.#stepMs = 1_000 / perS;
-    this.#aheadMs = (burst - 1) * this.#stepMs;
-  }
-
-  take(now: number): boolean {
-    const dueMs = Math.max(this.#dueMs, now);
-    if (dueMs - now > this.#aheadMs) return false;
-    this.#dueMs = dueMs + this.#stepMs;
-    return true;
-  }
-}
 
 export class Peer {
   readonly subnet: number;
@@ -49,7 +31,7 @@ export class Peer {
   helloToken = -1;
   challengedMs = Number.NEGATIVE_INFINITY;
   /** Of answers to its greetings and probes. */
-  readonly answers = new Allowance(PEER_ANSWERS_PER_S, PEER_ANSWERS_BURST);
+  readonly answers = new Budget({ burst: PEER_ANSWERS_BURST, perS: PEER_ANSWERS_PER_S });
   /** Stamp of its latest control frame: an older one is a replay. */
   stampUs = 0;
   /** Largest inner packet that reaches it, bytes. */

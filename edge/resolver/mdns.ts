@@ -4,7 +4,7 @@
 // service, so nothing is probed or renamed (§6.6, §9: identical records do not conflict).
 import type { Answer, DecodedPacket, Packet } from 'dns-packet';
 import { AUTHORITATIVE_ANSWER } from 'dns-packet';
-import { Budgets } from '../../src/budget.ts';
+import { Budget, Budgets } from '../../src/budget.ts';
 import {
   MDNS_ASKERS_MAX,
   MDNS_BURST_MAX,
@@ -125,11 +125,7 @@ export class MdnsResponder {
   #burstAtMs = 0;
   readonly #rng: Rng;
   readonly #octetsMax: number;
-  readonly #unicasts = new Budgets({
-    burst: MDNS_UNICAST_PER_S_MAX,
-    perS: MDNS_UNICAST_PER_S_MAX,
-    callersMax: 1,
-  });
+  readonly #unicasts = new Budget({ burst: MDNS_UNICAST_PER_S_MAX, perS: MDNS_UNICAST_PER_S_MAX });
   readonly #unicastsBySource = new Budgets({
     burst: MDNS_SOURCE_UNICAST_PER_S_MAX,
     perS: MDNS_SOURCE_UNICAST_PER_S_MAX,
@@ -446,7 +442,7 @@ export class MdnsResponder {
     legacy: boolean,
     nowMs: number,
   ): void {
-    if (!this.#unicastsBySource.take(to.address, nowMs) || !this.#unicasts.take(0, nowMs)) {
+    if (!this.#unicastsBySource.take(to.address, nowMs) || !this.#unicasts.take(nowMs)) {
       this.counters['mdns_overload']!++;
       return;
     }

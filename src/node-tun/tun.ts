@@ -66,17 +66,20 @@ export interface Tun {
   readonly refused: readonly string[];
 }
 
-/** Which step failed and with what; `errno` is positive. */
+/** Which step failed and with what; `errno` is positive, `code` its name. */
 export class TunError extends Error {
   override readonly name = 'TunError';
   readonly errno: number;
+  readonly code: string;
   constructor(what: string, result: number) {
     super(`${what}: ${errnoName(result)}`);
     this.errno = Math.abs(result);
+    this.code = errnoName(result);
   }
 }
 
-function check(what: string, result: number): number {
+/** What a call returned; throws TunError for an errno. */
+export function check(what: string, result: number): number {
   if (result < 0) throw new TunError(what, result);
   return result;
 }
