@@ -1,10 +1,10 @@
 // What the proxy's decision about one packet costs, without a kernel: nanoseconds per leaving packet with few and many
-// services, and with a full flow table whose flows all take turns. Prints one JSON line.
+// services, and with 100,000 flows that all take turns. Prints one JSON line.
 import process from 'node:process';
 import { ProxyTun } from '../edge/proxy/proxy.ts';
 import { VERDICT } from '../edge/proxy/verdict.ts';
 import { ipv4 } from '../src/addr.ts';
-import { FLOWS_MAX, VNI_DEFAULT } from '../src/limits.ts';
+import { VNI_DEFAULT } from '../src/limits.ts';
 import type { ServiceId } from '../src/name.ts';
 import { newBytes } from '../src/wire/bytes.ts';
 import { IPV4, PROTOCOL, writeIpv4 } from '../src/wire/ipv4.ts';
@@ -15,6 +15,8 @@ const CLIENT = 0xac100042;
 const AT = 16;
 /** Traffic goes to as many services whatever the table holds: what is asked is what the others cost. */
 const SERVICES_USED = 10;
+/** More than an agent tracks (FLOWS_MAX), so that its worst is inside. */
+const FLOWS = 100_000;
 
 /** A proxy with that much in its tables; the result times packets, each of the next flow. */
 function prepare(services: number, flows: number, used = SERVICES_USED): (count: number) => number {
@@ -28,7 +30,7 @@ function prepare(services: number, flows: number, used = SERVICES_USED): (count:
     servicesBits: 16,
     subnetBase: ipv4(0xac100040),
     subnetBits: 26,
-    flowsMax: FLOWS_MAX,
+    flowsMax: FLOWS,
     seed: 1,
   });
   const own = 's.s.client.v1' as ServiceId;
@@ -77,7 +79,7 @@ function prepare(services: number, flows: number, used = SERVICES_USED): (count:
 }
 
 // The cases take turns, and the least of each counts: what else runs on the machine only ever adds.
-const cases = [prepare(10, 1_000), prepare(10_000, 1_000), prepare(10_000, FLOWS_MAX, 10_000)];
+const cases = [prepare(10, 1_000), prepare(10_000, 1_000), prepare(10_000, FLOWS, 10_000)];
 const least = cases.map(() => Number.POSITIVE_INFINITY);
 for (let turn = 0; turn < 15; turn++)
   for (const [i, once] of cases.entries()) least[i] = Math.min(least[i]!, once(200_000));
@@ -86,7 +88,7 @@ process.stdout.write(
   `${JSON.stringify({
     services_10_ns: few,
     services_10000_ns: many,
-    flows_full_ns: flows,
+    flows_100000_ns: flows,
     services_10000_vs_10: Math.round((many / few) * 100) / 100,
   })}\n`,
 );

@@ -6,7 +6,13 @@
 //   | state+1 | protocol | wire port | port | remote port | local | dialled | instance | seconds since 1970 |
 import { closeSync, fstatSync, ftruncateSync, openSync, readSync, writeSync } from 'node:fs';
 import { FLOW_AGE_S } from '../../src/limits.ts';
-import { FLOW_STATE, type Flow, type FlowRecord, type FlowState, type FlowWatcher } from '../proxy/flows.ts';
+import {
+  FLOW_STATE,
+  type FlowRecord,
+  type FlowState,
+  type FlowTable,
+  type FlowWatcher,
+} from '../proxy/flows.ts';
 
 const HEADER = 8;
 const RECORD = 24;
@@ -46,31 +52,31 @@ export class FlowFile implements FlowWatcher {
     return this.#dirtyCount > 0;
   }
 
-  put(flow: Flow): void {
-    const at = HEADER + flow.slot * RECORD;
+  put(flows: FlowTable, flow: number): void {
+    const at = HEADER + flow * RECORD;
     const image = this.#image;
-    image[at] = flow.state + 1;
-    image[at + 1] = flow.protocol;
-    image.writeUInt16BE(flow.wirePort, at + 2);
-    image.writeUInt16BE(flow.port, at + 4);
-    image.writeUInt16BE(flow.remotePort, at + 6);
-    image.writeUInt32BE(flow.local, at + 8);
-    image.writeUInt32BE(flow.dialled, at + 12);
-    image.writeUInt32BE(flow.instance.instanceIp, at + 16);
+    image[at] = flows.state[flow]! + 1;
+    image[at + 1] = flows.protocol[flow]!;
+    image.writeUInt16BE(flows.wirePort[flow]!, at + 2);
+    image.writeUInt16BE(flows.port[flow]!, at + 4);
+    image.writeUInt16BE(flows.remotePort[flow]!, at + 6);
+    image.writeUInt32BE(flows.local[flow]!, at + 8);
+    image.writeUInt32BE(flows.dialled[flow]!, at + 12);
+    image.writeUInt32BE(flows.instance(flow).instanceIp, at + 16);
     image.writeUInt32BE(this.seconds, at + SECONDS);
-    this.#mark(flow.slot);
+    this.#mark(flow);
   }
 
-  use(flow: Flow): void {
-    const at = HEADER + flow.slot * RECORD;
+  use(flow: number): void {
+    const at = HEADER + flow * RECORD;
     if (this.seconds - this.#image.readUInt32BE(at + SECONDS) < FLOW_AGE_S) return;
     this.#image.writeUInt32BE(this.seconds, at + SECONDS);
-    this.#mark(flow.slot);
+    this.#mark(flow);
   }
 
-  drop(slot: number): void {
-    this.#image[HEADER + slot * RECORD] = 0;
-    this.#mark(slot);
+  drop(flow: number): void {
+    this.#image[HEADER + flow * RECORD] = 0;
+    this.#mark(flow);
   }
 
   /** Writes what has changed. Throws what the host says against it; then `abandon`. */
@@ -101,8 +107,8 @@ export class FlowFile implements FlowWatcher {
     }
   }
 
-  #mark(slot: number): void {
-    const block = Math.floor(slot / BLOCK_RECORDS);
+  #mark(flow: number): void {
+    const block = Math.floor(flow / BLOCK_RECORDS);
     if (this.#isDirty[block] === 1) return;
     this.#isDirty[block] = 1;
     this.#dirty[this.#dirtyCount++] = block;

@@ -584,7 +584,7 @@ class Loop {
         view.setUint16(vnet + VNET.csumOffset, tcp ? TCP.checksum : UDP.checksum, true);
         this.#writeJoined();
       }
-    } else if (many) this.#counters[proxy.dropped]! += joiner.count - 1; // one was counted
+    } else if (many && verdict === VERDICT.drop) this.#counters[proxy.dropped]! += joiner.count - 1; // one was counted
     joiner.count = 0;
     if (proxy.doubted !== undefined) this.#doubt(ip, port);
     if (proxy.answers.count > 0) this.#sendAnswers();

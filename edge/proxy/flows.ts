@@ -25,58 +25,6 @@ import type { InstanceEntry } from './routes.ts';
 export const FLOW_STATE = { opening: 0, established: 1, halfClosed: 2, closed: 3, reset: 4 } as const;
 export type FlowState = (typeof FLOW_STATE)[keyof typeof FLOW_STATE];
 
-export class Flow {
-  readonly protocol: number;
-  /** Namespace IP of the instance here that dialled. */
-  readonly local: number;
-  readonly port: number;
-  /** ServiceIP or InstanceIP that the app used. */
-  readonly dialled: number;
-  readonly remotePort: number;
-  readonly wirePort: number;
-  readonly instance: InstanceEntry;
-  state: FlowState = FLOW_STATE.opening;
-  finOut = false;
-  finIn = false;
-  /**
-   * Sequence number behind the latest that the server sent, 0 before any: what the client expects next, or, when
-   * something was lost, a number inside its window. It takes a RST at the first, and answers one at the second with an
-   * ACK, which then meets the exact RST (RFC 5961 §3.2).
-   */
-  serverNext = 0;
-  /** Next sequence number of the client, for a RST that must acknowledge. */
-  clientNext = 0;
-  usedMs: number;
-  touchedMs: number;
-  /** Place in the table, -1 outside of it. */
-  slot = -1;
-  /** Neighbours in its list of the table, and whose list that is. */
-  before: Flow | undefined;
-  after: Flow | undefined;
-  owner: Owner | undefined;
-
-  constructor(
-    protocol: number,
-    local: number,
-    port: number,
-    dialled: number,
-    remotePort: number,
-    wirePort: number,
-    instance: InstanceEntry,
-    now: number,
-  ) {
-    this.protocol = protocol;
-    this.local = local;
-    this.port = port;
-    this.dialled = dialled;
-    this.remotePort = remotePort;
-    this.wirePort = wirePort;
-    this.instance = instance;
-    this.usedMs = now;
-    this.touchedMs = now;
-  }
-}
-
 /** A flow as a file can hold it. */
 export interface FlowRecord {
   readonly state: FlowState;
@@ -93,60 +41,42 @@ export interface FlowRecord {
 
 /** Is told of every flow that comes, changes its state, goes on being used, or goes. */
 export interface FlowWatcher {
-  put(flow: Flow): void;
-  use(flow: Flow): void;
-  drop(slot: number): void;
+  put(flows: FlowTable, flow: number): void;
+  use(flow: number): void;
+  drop(flow: number): void;
 }
 
 /** What an instance's flows are to eviction; a list each, the least recently used first. */
 const CLASS = { ended: 0, opening: 1, live: 2 } as const;
 const CLASSES = 3;
+/** Whose FIN was seen. */
+const FIN_OUT = 1;
+const FIN_IN = 2;
 
-function classOf(state: FlowState): number {
+function classOf(state: number): number {
   if (state >= FLOW_STATE.closed) return CLASS.ended;
   return state === FLOW_STATE.opening ? CLASS.opening : CLASS.live;
 }
+
+/** No flow, where one is asked for. */
+const NONE = -1;
 
 /** An instance here that has flows. */
 class Owner {
   readonly local: number;
   flows = 0;
   ended = 0;
-  readonly first = new Array<Flow | undefined>(CLASSES).fill(undefined);
-  readonly last = new Array<Flow | undefined>(CLASSES).fill(undefined);
+  /** By class: the flows at both ends of its list, or NONE. */
+  readonly first = new Array<number>(CLASSES).fill(NONE);
+  readonly last = new Array<number>(CLASSES).fill(NONE);
 
   constructor(local: number) {
     this.local = local;
   }
 
   /** The flow that it gives up first. */
-  get victim(): Flow | undefined {
-    return this.first[CLASS.ended] ?? this.first[CLASS.opening] ?? this.first[CLASS.live];
-  }
-
-  push(flow: Flow): void {
-    const kind = classOf(flow.state);
-    const last = this.last[kind];
-    flow.owner = this;
-    flow.before = last;
-    flow.after = undefined;
-    if (last === undefined) this.first[kind] = flow;
-    else last.after = flow;
-    this.last[kind] = flow;
-    this.flows++;
-    if (kind === CLASS.ended) this.ended++;
-  }
-
-  /** Before the flow's state changes: its list follows from it. */
-  pull(flow: Flow): void {
-    const kind = classOf(flow.state);
-    const { before, after } = flow;
-    if (before === undefined) this.first[kind] = after;
-    else before.after = after;
-    if (after === undefined) this.last[kind] = before;
-    else after.before = before;
-    this.flows--;
-    if (kind === CLASS.ended) this.ended--;
+  get victim(): number {
+    return this.first.find((flow) => flow !== NONE) ?? NONE;
   }
 }
 
@@ -166,10 +96,6 @@ export function idleLimit(protocol: number, state: FlowState): number {
     case FLOW_STATE.reset:
       return TCP_RESET_IDLE_MS;
   }
-}
-
-export function isStale(flow: Flow, now: number): boolean {
-  return now - flow.usedMs > idleLimit(flow.protocol, flow.state);
 }
 
 /**
@@ -258,14 +184,48 @@ function pair(port: number, remotePort: number): number {
   return (port << 16) | remotePort;
 }
 
+/**
+ * A flow is a number: its place in these columns, from `open` to `remove`; later another one may have it. Columns and no
+ * objects, because what comes and goes by the hundred in a second is garbage that a runtime's old generation grows by.
+ * They are read by everybody and written here, but for the sequence numbers.
+ */
 export class FlowTable {
   readonly max: number;
   evicted = 0;
   watcher: FlowWatcher | undefined;
-  readonly #dialled: TupleIndex;
-  readonly #wire: TupleIndex;
-  readonly #slots: (Flow | undefined)[] = [];
-  readonly #free: number[] = [];
+  /** 0: nobody's place. */
+  readonly protocol: Uint8Array;
+  /** FLOW_STATE. */
+  readonly state: Uint8Array;
+  /** Namespace IP of the instance here that dialled. */
+  readonly local: Uint32Array;
+  readonly port: Uint16Array;
+  /** ServiceIP or InstanceIP that the app used. */
+  readonly dialled: Uint32Array;
+  readonly remotePort: Uint16Array;
+  readonly wirePort: Uint16Array;
+  /**
+   * Sequence number behind the latest that the server sent, 0 before any: what the client expects next, or, when
+   * something was lost, a number inside its window. It takes a RST at the first, and answers one at the second with an
+   * ACK, which then meets the exact RST (RFC 5961 §3.2).
+   */
+  readonly serverNext: Uint32Array;
+  /** Next sequence number of the client, for a RST that must acknowledge. */
+  readonly clientNext: Uint32Array;
+  /** FIN seen: OUT, IN. */
+  readonly #fins: Uint8Array;
+  readonly #usedMs: Float64Array;
+  /** When it last went to the end of its list. */
+  readonly #touchedMs: Float64Array;
+  readonly #instances: (InstanceEntry | undefined)[] = [];
+  /** Neighbours in its list of its owner, or NONE; of a free place: the next free one. */
+  readonly #before: Int32Array;
+  readonly #after: Int32Array;
+  #free = NONE;
+  /** Places that were ever used; memory behind them was never touched. */
+  #places = 0;
+  readonly #dialledIndex: TupleIndex;
+  readonly #wireIndex: TupleIndex;
   /** By namespace IP; at most as many as instances here. */
   readonly #owners = new Map<number, Owner>();
   #swept = 0;
@@ -273,99 +233,140 @@ export class FlowTable {
 
   constructor(max: number, seed = 0) {
     this.max = max;
-    this.#dialled = new TupleIndex(max + 1, seed);
-    this.#wire = new TupleIndex(max + 1, ~seed);
+    this.protocol = new Uint8Array(max);
+    this.state = new Uint8Array(max);
+    this.local = new Uint32Array(max);
+    this.port = new Uint16Array(max);
+    this.dialled = new Uint32Array(max);
+    this.remotePort = new Uint16Array(max);
+    this.wirePort = new Uint16Array(max);
+    this.serverNext = new Uint32Array(max);
+    this.clientNext = new Uint32Array(max);
+    this.#fins = new Uint8Array(max);
+    this.#usedMs = new Float64Array(max);
+    this.#touchedMs = new Float64Array(max);
+    this.#before = new Int32Array(max);
+    this.#after = new Int32Array(max);
+    this.#dialledIndex = new TupleIndex(max, seed);
+    this.#wireIndex = new TupleIndex(max, ~seed);
   }
 
   get size(): number {
     return this.#size;
   }
 
-  byDialled(
+  /** The flow, or -1. */
+  byDialled(protocol: number, local: number, port: number, dialled: number, remotePort: number): number {
+    return this.#dialledIndex.find(local, dialled, pair(port, remotePort), protocol);
+  }
+
+  /** The flow, or -1. */
+  byWire(protocol: number, local: number, wirePort: number, instanceIp: number, remotePort: number): number {
+    return this.#wireIndex.find(local, instanceIp, pair(wirePort, remotePort), protocol);
+  }
+
+  /** The instance that it was given. */
+  instance(flow: number): InstanceEntry {
+    return this.#instances[flow]!;
+  }
+
+  /** A new flow; both faces must be free. */
+  open(
     protocol: number,
     local: number,
     port: number,
     dialled: number,
     remotePort: number,
-  ): Flow | undefined {
-    const slot = this.#dialled.find(local, dialled, pair(port, remotePort), protocol);
-    return slot < 0 ? undefined : this.#slots[slot];
-  }
-
-  byWire(
-    protocol: number,
-    local: number,
     wirePort: number,
-    instanceIp: number,
-    remotePort: number,
-  ): Flow | undefined {
-    const slot = this.#wire.find(local, instanceIp, pair(wirePort, remotePort), protocol);
-    return slot < 0 ? undefined : this.#slots[slot];
-  }
-
-  /** Both faces must be free. */
-  add(flow: Flow): void {
+    instance: InstanceEntry,
+    now: number,
+    state: FlowState = FLOW_STATE.opening,
+  ): number {
     assert(
-      this.byDialled(flow.protocol, flow.local, flow.port, flow.dialled, flow.remotePort) === undefined &&
-        this.byWire(flow.protocol, flow.local, flow.wirePort, flow.instance.instanceIp, flow.remotePort) ===
-          undefined,
+      this.byDialled(protocol, local, port, dialled, remotePort) === NONE &&
+        this.byWire(protocol, local, wirePort, instance.instanceIp, remotePort) === NONE,
       'one flow per face',
     );
     if (this.#size >= this.max) this.#evict();
-    const slot = this.#free.pop() ?? this.#slots.length;
-    flow.slot = slot;
-    this.#slots[slot] = flow;
-    const { local, protocol, remotePort } = flow;
-    this.#dialled.add(local, flow.dialled, pair(flow.port, remotePort), protocol, slot);
-    this.#wire.add(local, flow.instance.instanceIp, pair(flow.wirePort, remotePort), protocol, slot);
-    flow.instance.flows++;
-    if (flow.dialled === flow.instance.instanceIp) flow.instance.dialled++;
+    let flow = this.#free;
+    if (flow === NONE) flow = this.#places++;
+    else this.#free = this.#after[flow]!;
+    this.protocol[flow] = protocol;
+    this.state[flow] = state;
+    this.local[flow] = local;
+    this.port[flow] = port;
+    this.dialled[flow] = dialled;
+    this.remotePort[flow] = remotePort;
+    this.wirePort[flow] = wirePort;
+    this.serverNext[flow] = 0;
+    this.clientNext[flow] = 0;
+    this.#fins[flow] = 0;
+    this.#usedMs[flow] = now;
+    this.#touchedMs[flow] = now;
+    this.#instances[flow] = instance;
+    this.#dialledIndex.add(local, dialled, pair(port, remotePort), protocol, flow);
+    this.#wireIndex.add(local, instance.instanceIp, pair(wirePort, remotePort), protocol, flow);
+    instance.flows++;
+    if (dialled === instance.instanceIp) instance.dialled++;
     this.#size++;
     let owner = this.#owners.get(local);
     if (owner === undefined) {
       owner = new Owner(local);
       this.#owners.set(local, owner);
     }
-    owner.push(flow);
-    this.watcher?.put(flow);
+    this.#push(owner, flow);
+    this.watcher?.put(this, flow);
+    return flow;
   }
 
-  setState(flow: Flow, state: FlowState): void {
-    if (flow.state === state) return;
-    const { owner } = flow;
-    owner?.pull(flow);
-    flow.state = state;
-    owner?.push(flow);
-    if (flow.slot >= 0) this.watcher?.put(flow);
+  setState(flow: number, state: FlowState): void {
+    if (this.state[flow] === state) return;
+    const owner = this.#owner(flow);
+    this.#pull(owner, flow);
+    this.state[flow] = state;
+    this.#push(owner, flow);
+    this.watcher?.put(this, flow);
   }
 
-  remove(flow: Flow): void {
-    if (flow.slot >= 0) this.#drop(flow);
+  /** A FIN or RST of its TCP was seen, going out of this node's instance or in. */
+  close(flow: number, out: boolean, fin: boolean, reset: boolean): void {
+    if (fin) this.#fins[flow]! |= out ? FIN_OUT : FIN_IN;
+    const closed = reset || this.#fins[flow] === (FIN_OUT | FIN_IN);
+    this.setState(flow, closed ? FLOW_STATE.closed : FLOW_STATE.halfClosed);
+  }
+
+  /** Ends it for its client, who is told; it stays for its stragglers. */
+  reset(flow: number, now: number): void {
+    this.setState(flow, FLOW_STATE.reset);
+    this.#usedMs[flow] = now;
+  }
+
+  isStale(flow: number, now: number): boolean {
+    return now - this.#usedMs[flow]! > idleLimit(this.protocol[flow]!, this.state[flow] as FlowState);
   }
 
   /** Marks the flow as used; its place in the eviction order follows at a coarser grain. */
-  use(flow: Flow, now: number): void {
-    flow.usedMs = now;
-    if (now - flow.touchedMs < FLOW_TOUCH_MS) return;
-    flow.touchedMs = now;
-    const { owner } = flow;
-    if (owner === undefined) return;
-    owner.pull(flow);
-    owner.push(flow);
+  use(flow: number, now: number): void {
+    this.#usedMs[flow] = now;
+    if (now - this.#touchedMs[flow]! < FLOW_TOUCH_MS) return;
+    this.#touchedMs[flow] = now;
+    const owner = this.#owner(flow);
+    this.#pull(owner, flow);
+    this.#push(owner, flow);
     this.watcher?.use(flow);
   }
 
-  /** Removes stale flows among the next `count` slots, and marks the peers of the others; returns how many went. */
+  /** Removes stale flows among the next `count` places, and marks the peers of the others; returns how many went. */
   sweep(count: number, now: number): number {
-    const total = this.#slots.length;
+    const total = this.#places;
     let removed = 0;
     for (let i = Math.min(count, total); i > 0; i--) {
       if (this.#swept >= total) this.#swept = 0;
-      const flow = this.#slots[this.#swept++];
-      if (flow === undefined) continue;
-      if (!isStale(flow, now)) {
-        if (flow.state >= FLOW_STATE.closed) continue;
-        const { peer, service } = flow.instance;
+      const flow = this.#swept++;
+      if (this.protocol[flow] === 0) continue;
+      if (!this.isStale(flow, now)) {
+        if (this.state[flow]! >= FLOW_STATE.closed) continue;
+        const { peer, service } = this.instance(flow);
         service.flowMs = now;
         if (peer !== undefined) peer.flowMs = now;
         continue;
@@ -377,8 +378,30 @@ export class FlowTable {
   }
 
   /** Every flow, in no order; the table may lose the current one meanwhile. */
-  *[Symbol.iterator](): IterableIterator<Flow> {
-    for (const flow of this.#slots) if (flow !== undefined) yield flow;
+  *[Symbol.iterator](): IterableIterator<number> {
+    for (let flow = 0; flow < this.#places; flow++) if (this.protocol[flow] !== 0) yield flow;
+  }
+
+  remove(flow: number): void {
+    const protocol = this.protocol[flow]!;
+    assert(protocol !== 0, 'a flow is removed once');
+    const instance = this.instance(flow);
+    const local = this.local[flow]!;
+    const dialled = this.dialled[flow]!;
+    const remotePort = this.remotePort[flow]!;
+    this.#dialledIndex.remove(local, dialled, pair(this.port[flow]!, remotePort), protocol);
+    this.#wireIndex.remove(local, instance.instanceIp, pair(this.wirePort[flow]!, remotePort), protocol);
+    instance.flows--;
+    if (dialled === instance.instanceIp) instance.dialled--;
+    const owner = this.#owner(flow);
+    this.#pull(owner, flow);
+    if (owner.flows === 0) this.#owners.delete(local);
+    this.watcher?.drop(flow);
+    this.protocol[flow] = 0;
+    this.#instances[flow] = undefined;
+    this.#after[flow] = this.#free;
+    this.#free = flow;
+    this.#size--;
   }
 
   /** Room for one: of the instance that has most among those with ended flows, else of the one that has most. */
@@ -389,28 +412,38 @@ export class FlowTable {
       if (owner.ended > 0 && owner.flows > (ended?.flows ?? 0)) ended = owner;
       if (owner.flows > (most?.flows ?? 0)) most = owner;
     }
-    const victim = (ended ?? most)?.victim;
-    if (victim === undefined) return;
+    const from = ended ?? most;
+    if (from === undefined) return;
     this.evicted++;
-    this.#drop(victim);
+    this.remove(from.victim);
   }
 
-  #drop(flow: Flow): void {
-    const { slot, local, protocol, remotePort } = flow;
-    this.#dialled.remove(local, flow.dialled, pair(flow.port, remotePort), protocol);
-    this.#wire.remove(local, flow.instance.instanceIp, pair(flow.wirePort, remotePort), protocol);
-    flow.instance.flows--;
-    if (flow.dialled === flow.instance.instanceIp) flow.instance.dialled--;
-    const owner = flow.owner!;
-    owner.pull(flow);
-    flow.owner = undefined;
-    flow.before = undefined;
-    flow.after = undefined;
-    if (owner.flows === 0) this.#owners.delete(owner.local);
-    this.watcher?.drop(slot);
-    flow.slot = -1;
-    this.#slots[slot] = undefined;
-    this.#free.push(slot);
-    this.#size--;
+  #owner(flow: number): Owner {
+    return this.#owners.get(this.local[flow]!)!;
+  }
+
+  #push(owner: Owner, flow: number): void {
+    const kind = classOf(this.state[flow]!);
+    const last = owner.last[kind]!;
+    this.#before[flow] = last;
+    this.#after[flow] = NONE;
+    if (last === NONE) owner.first[kind] = flow;
+    else this.#after[last] = flow;
+    owner.last[kind] = flow;
+    owner.flows++;
+    if (kind === CLASS.ended) owner.ended++;
+  }
+
+  /** Before the flow's state changes: its list follows from it. */
+  #pull(owner: Owner, flow: number): void {
+    const kind = classOf(this.state[flow]!);
+    const before = this.#before[flow]!;
+    const after = this.#after[flow]!;
+    if (before === NONE) owner.first[kind] = after;
+    else this.#after[before] = after;
+    if (after === NONE) owner.last[kind] = before;
+    else this.#before[after] = before;
+    owner.flows--;
+    if (kind === CLASS.ended) owner.ended--;
   }
 }

@@ -154,18 +154,14 @@ export class Hold {
     this.waiting--;
   }
 
-  /** Lets go of what waited too long; returns how many fragments and how many packets. */
-  expire(now: number): { readonly fragments: number; readonly packets: number } {
-    let fragments = 0;
-    let packets = 0;
-    if (this.waiting > 0)
-      for (const held of this.#slots) {
-        if ((held.state !== 'fragment' && held.state !== 'route') || now < held.untilMs) continue;
-        if (held.state === 'fragment') fragments++;
-        else packets++;
-        this.free(held);
-      }
-    return { fragments, packets };
+  /** Gives each that waited too long, and lets go of it. */
+  expire(now: number, each: (held: Held) => void): void {
+    if (this.waiting === 0) return;
+    for (const held of this.#slots) {
+      if ((held.state !== 'fragment' && held.state !== 'route') || now < held.untilMs) continue;
+      each(held);
+      this.free(held);
+    }
   }
 
   #ready(held: Held): void {

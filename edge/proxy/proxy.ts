@@ -37,9 +37,9 @@ import { UDP } from '../../src/wire/udp.ts';
 import { Answers } from './answer.ts';
 import type { Choice, ChoiceCount, ProxyCommand, ProxyConfig } from './command.ts';
 import { Contacts } from './contacts.ts';
-import { FLOW_STATE, Flow, type FlowRecord, FlowTable, idleLimit, isStale } from './flows.ts';
+import { FLOW_STATE, type FlowRecord, FlowTable, idleLimit } from './flows.ts';
 import { Tracks } from './fragments.ts';
-import { Hold } from './hold.ts';
+import { type Held, Hold } from './hold.ts';
 import type { Peer } from './peers.ts';
 import { type Rewrite, rewrite, TRANSPORT, type Transport } from './rewrite.ts';
 import { type InstanceEntry, type LocalEntry, Routes, type Target } from './routes.ts';
@@ -147,41 +147,37 @@ export class ProxyTun {
       return this.#leavingError(bytes, offset, local, now);
 
     const target = this.routes.target(this.#target);
-    if (target === undefined) {
-      this.#miss(bytes, offset, length, this.#target, true, 0, 0, now);
-      return this.#drop(DROP.unknown_destination);
-    }
+    if (target === undefined) return this.#miss(bytes, offset, length, this.#target, true, 0, 0, now);
     let instance = target.instance;
     let wirePort = this.#sourcePort;
     let known = false;
     if (instance === undefined || instance.dialled > 0) {
-      const found = this.flows.byDialled(
+      const { flows } = this;
+      let flow = flows.byDialled(
         this.#protocol,
         this.#source,
         this.#sourcePort,
         this.#target,
         this.#targetPort,
       );
-      let flow = found;
-      if (flow !== undefined && this.#hasEnded(flow, now)) {
+      if (flow >= 0 && this.#hasEnded(flow, now)) {
         this.#removeFlow(flow);
-        flow = undefined;
+        flow = -1;
       }
-      if (flow === undefined && instance === undefined) {
-        const made = this.#open(bytes, offset, local, target, now);
-        if (typeof made === 'number') return this.#drop(made);
-        flow = made;
+      if (flow < 0 && instance === undefined) {
+        flow = this.#open(bytes, offset, local, target, now);
+        if (flow < 0) return this.#drop(-flow);
       }
-      if (flow !== undefined) {
-        if (flow.state === FLOW_STATE.reset) {
+      if (flow >= 0) {
+        if (flows.state[flow] === FLOW_STATE.reset) {
           if (this.#protocol === PROTOCOL.tcp && this.answers.refuse(bytes, offset))
             this.counters[COUNT.resets_made]!++;
           return this.#drop(DROP.flow_reset);
         }
         if (this.#protocol === PROTOCOL.tcp) this.#trackOut(bytes, flow);
-        this.flows.use(flow, now);
-        instance = flow.instance;
-        wirePort = flow.wirePort;
+        flows.use(flow, now);
+        instance = flows.instance(flow);
+        wirePort = flows.wirePort[flow]!;
         known = true;
       }
     }
@@ -235,7 +231,7 @@ export class ProxyTun {
     const sender = this.routes.instance(this.#source);
     if (sender === undefined) {
       if (this.routes.inServices(this.#source) && this.routes.local(this.#target) !== undefined)
-        this.#miss(bytes, offset, length, this.#source, false, outerIp, outerPort, now);
+        return this.#miss(bytes, offset, length, this.#source, false, outerIp, outerPort, now);
       return this.#drop(DROP.unknown_sender);
     }
     const peer = sender.peer;
@@ -285,13 +281,15 @@ export class ProxyTun {
       port = to.sourcePort;
       remotePort = 0;
     }
-    const flow = this.flows.byWire(protocol, local, port, senderIp, remotePort);
-    if (flow !== undefined) {
-      if (flow.state === FLOW_STATE.reset) return false;
+    const { flows } = this;
+    const flow = flows.byWire(protocol, local, port, senderIp, remotePort);
+    if (flow >= 0) {
+      if (flows.state[flow] === FLOW_STATE.reset) return false;
       this.#trackIn(bytes, flow, now);
-      to.source = flow.dialled;
-      if (protocol === PROTOCOL.icmp) to.sourcePort = flow.port;
-      else to.targetPort = flow.port;
+      to.source = flows.dialled[flow]!;
+      const own = flows.port[flow]!;
+      if (protocol === PROTOCOL.icmp) to.sourcePort = own;
+      else to.targetPort = own;
       return true;
     }
     const contact =
@@ -309,34 +307,35 @@ export class ProxyTun {
 
   // ——— flows ———
 
-  /** A new flow to a ServiceIP, or the counter of the reason why not. */
-  #open(bytes: Bytes, offset: number, local: LocalEntry, target: Target, now: number): Flow | number {
+  /** A new flow to a ServiceIP, or minus the counter of the reason why not. */
+  #open(bytes: Bytes, offset: number, local: LocalEntry, target: Target, now: number): number {
     const protocol = this.#protocol;
     if (protocol === PROTOCOL.tcp && (this.#flags & (TCP_SYN | TCP_ACK | TCP_RST)) !== TCP_SYN) {
       // A flow of an earlier life may come back with its route: the client will repeat itself.
-      if (this.#remembers(local, target)) return DROP.no_flow;
+      if (this.#remembers(local, target)) return -DROP.no_flow;
       if (this.answers.refuse(bytes, offset)) this.counters[COUNT.resets_made]!++;
-      return DROP.no_flow;
+      return -DROP.no_flow;
     }
-    if (protocol === PROTOCOL.icmp && bytes.u8[this.#at + ICMP.type] !== ICMP_TYPE.echo) return DROP.no_flow;
+    if (protocol === PROTOCOL.icmp && bytes.u8[this.#at + ICMP.type] !== ICMP_TYPE.echo) return -DROP.no_flow;
     if (local.needs !== undefined && !local.needs.has(target.service.id)) {
       this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.prohibited, 0, now);
-      return DROP.not_needed;
+      return -DROP.not_needed;
     }
     const instance = this.routes.choose(target);
     if (instance === undefined) {
       if (protocol === PROTOCOL.tcp && this.answers.refuse(bytes, offset))
         this.counters[COUNT.resets_made]!++;
       else this.#error(bytes, offset, ICMP_TYPE.unreachable, UNREACHABLE.host, 0, now);
-      return DROP.no_instance;
+      return -DROP.no_instance;
     }
     return this.#makeFlow(local, target, instance, now);
   }
 
-  #makeFlow(local: LocalEntry, target: Target, instance: InstanceEntry, now: number): Flow | number {
+  #makeFlow(local: LocalEntry, target: Target, instance: InstanceEntry, now: number): number {
     const wirePort = this.#freeWirePort(local, instance, now);
-    if (wirePort < 0) return DROP.ports_exhausted;
-    const flow = new Flow(
+    if (wirePort < 0) return -DROP.ports_exhausted;
+    const evicted = this.flows.evicted;
+    const flow = this.flows.open(
       this.#protocol,
       local.namespaceIp,
       this.#sourcePort,
@@ -346,8 +345,6 @@ export class ProxyTun {
       instance,
       now,
     );
-    const evicted = this.flows.evicted;
-    this.flows.add(flow);
     this.counters[COUNT.flows_made]!++;
     this.counters[COUNT.flows_evicted]! += this.flows.evicted - evicted;
     this.counters[COUNT.flows] = this.flows.size;
@@ -366,10 +363,10 @@ export class ProxyTun {
         instance.instanceIp,
         this.#targetPort,
       );
-      if (other !== undefined && (isStale(other, now) || other.state === FLOW_STATE.reset))
-        this.#removeFlow(other);
-      const taken = other !== undefined && other.slot >= 0;
-      if (!taken) {
+      const ended =
+        other >= 0 && (this.flows.isStale(other, now) || this.flows.state[other] === FLOW_STATE.reset);
+      if (ended) this.#removeFlow(other);
+      if (other < 0 || ended) {
         const contact = this.#contacts.find(
           this.#protocol,
           local.namespaceIp,
@@ -437,7 +434,7 @@ export class ProxyTun {
         this.#sourcePort,
         instance.instanceIp,
         this.#targetPort,
-      ) === undefined
+      ) < 0
     ) {
       this.#contacts.note(
         protocol,
@@ -451,84 +448,97 @@ export class ProxyTun {
       return this.#sourcePort;
     }
     const made = this.#makeFlow(local, target, instance, now);
-    if (typeof made === 'number') return -made;
+    if (made < 0) return made;
     if (protocol === PROTOCOL.tcp) this.#trackOut(bytes, made);
-    return made.wirePort;
+    return this.flows.wirePort[made]!;
   }
 
   /** True when the packet at hand cannot belong to that flow any more. */
-  #hasEnded(flow: Flow, now: number): boolean {
-    if (isStale(flow, now)) {
+  #hasEnded(flow: number, now: number): boolean {
+    if (this.flows.isStale(flow, now)) {
       this.counters[COUNT.flows_expired]!++;
       return true;
     }
     return (
-      flow.protocol === PROTOCOL.tcp &&
-      flow.state >= FLOW_STATE.closed &&
+      this.flows.protocol[flow] === PROTOCOL.tcp &&
+      this.flows.state[flow]! >= FLOW_STATE.closed &&
       (this.#flags & (TCP_SYN | TCP_ACK)) === TCP_SYN
     );
   }
 
-  #trackOut(bytes: Bytes, flow: Flow): void {
+  #trackOut(bytes: Bytes, flow: number): void {
     const { view } = bytes;
+    const { serverNext, clientNext } = this.flows;
     const flags = this.#flags;
     const data = this.#total - (this.#at - this.#start) - tcpHeaderLength(bytes, this.#at);
     const extra = (flags & (TCP_SYN | TCP_FIN)) !== 0 ? 1 : 0;
-    flow.clientNext = (view.getUint32(this.#at + TCP.sequence) + data + extra) >>> 0;
+    clientNext[flow] = view.getUint32(this.#at + TCP.sequence) + data + extra;
     // Before the server has spoken through this loop (after a restart) its next number is the one that is expected.
-    if (flow.serverNext === 0 && (flags & TCP_ACK) !== 0)
-      flow.serverNext = view.getUint32(this.#at + TCP.acknowledgment);
-    if ((flags & (TCP_FIN | TCP_RST)) === 0) return;
-    if ((flags & TCP_FIN) !== 0) flow.finOut = true;
-    this.#close(flow);
+    if (serverNext[flow] === 0 && (flags & TCP_ACK) !== 0)
+      serverNext[flow] = view.getUint32(this.#at + TCP.acknowledgment);
+    this.#close(flow, true);
   }
 
-  #trackIn(bytes: Bytes, flow: Flow, now: number): void {
-    if (flow.state === FLOW_STATE.opening) this.flows.setState(flow, FLOW_STATE.established);
-    this.flows.use(flow, now);
-    if (flow.protocol !== PROTOCOL.tcp) return;
+  #trackIn(bytes: Bytes, flow: number, now: number): void {
+    const { flows } = this;
+    if (flows.state[flow] === FLOW_STATE.opening) flows.setState(flow, FLOW_STATE.established);
+    flows.use(flow, now);
+    if (this.#protocol !== PROTOCOL.tcp) return;
     const data = this.#total - (this.#at - this.#start) - tcpHeaderLength(bytes, this.#at);
     const extra = (this.#flags & (TCP_SYN | TCP_FIN)) !== 0 ? 1 : 0;
-    const next = (bytes.view.getUint32(this.#at + TCP.sequence) + data + extra) >>> 0;
+    const next = bytes.view.getUint32(this.#at + TCP.sequence) + data + extra;
     // A retransmission does not take it back (sequence numbers compare modulo 2^32).
-    if (flow.serverNext === 0 || ((next - flow.serverNext) | 0) > 0) flow.serverNext = next;
-    if ((this.#flags & (TCP_FIN | TCP_RST)) === 0) return;
-    if ((this.#flags & TCP_FIN) !== 0) flow.finIn = true;
-    this.#close(flow);
+    const known = flows.serverNext[flow]!;
+    if (known === 0 || ((next - known) | 0) > 0) flows.serverNext[flow] = next;
+    this.#close(flow, false);
   }
 
-  #close(flow: Flow): void {
-    const closed = (this.#flags & TCP_RST) !== 0 || (flow.finIn && flow.finOut);
-    this.flows.setState(flow, closed ? FLOW_STATE.closed : FLOW_STATE.halfClosed);
+  #close(flow: number, out: boolean): void {
+    const flags = this.#flags;
+    if ((flags & (TCP_FIN | TCP_RST)) !== 0)
+      this.flows.close(flow, out, (flags & TCP_FIN) !== 0, (flags & TCP_RST) !== 0);
   }
 
-  #removeFlow(flow: Flow): void {
-    if (flow.slot < 0) return;
+  #removeFlow(flow: number): void {
     this.flows.remove(flow);
     this.counters[COUNT.flows] = this.flows.size;
   }
 
   /** Ends the flows that point at an instance which is gone: TCP by a reset, the rest by forgetting the choice. */
-  #endFlows(ended: (flow: Flow) => boolean, now: number): void {
-    for (const flow of this.flows) {
+  #endFlows(ended: (flow: number) => boolean, now: number): void {
+    const { flows } = this;
+    for (const flow of flows) {
       if (!ended(flow)) continue;
-      const opened = flow.state !== FLOW_STATE.opening;
-      if (flow.protocol !== PROTOCOL.tcp || !opened || flow.state >= FLOW_STATE.closed) {
-        this.#removeFlow(flow);
+      const state = flows.state[flow]!;
+      const protocol = flows.protocol[flow]!;
+      const local = flows.local[flow]!;
+      const remotePort = flows.remotePort[flow]!;
+      if (protocol !== PROTOCOL.tcp || state === FLOW_STATE.opening || state >= FLOW_STATE.closed) {
         // An answer that is still on its way must not reach the client from an address that it never dialled.
-        const { protocol, local, wirePort, instance, remotePort } = flow;
-        this.#ended.note(protocol, local, wirePort, instance.instanceIp, remotePort, false, now);
+        const { instanceIp } = flows.instance(flow);
+        this.#ended.note(protocol, local, flows.wirePort[flow]!, instanceIp, remotePort, false, now);
         this.#lastEndedMs = now;
+        this.#removeFlow(flow);
         continue;
       }
-      this.flows.setState(flow, FLOW_STATE.reset);
-      flow.usedMs = now;
+      flows.reset(flow, now);
       this.counters[COUNT.flows_reset]!++;
-      const { dialled, remotePort, local, port, serverNext, clientNext } = flow;
+      const serverNext = flows.serverNext[flow]!;
       // Nothing was seen of it yet: its next packet is answered with a reset.
       if (serverNext === 0) continue;
       if (this.answers.full) this.onAnswersFull();
-      if (this.answers.reset(dialled, remotePort, local, port, serverNext, clientNext, true))
+      const { dialled, port, clientNext } = flows;
+      if (
+        this.answers.reset(
+          dialled[flow]!,
+          remotePort,
+          local,
+          port[flow]!,
+          serverNext,
+          clientNext[flow]!,
+          true,
+        )
+      )
         this.counters[COUNT.resets_made]!++;
     }
   }
@@ -574,7 +584,7 @@ export class ProxyTun {
       saidBy,
       ports.source,
     );
-    const instance = flow?.instance ?? this.routes.instance(saidBy);
+    const instance = flow < 0 ? this.routes.instance(saidBy) : this.flows.instance(flow);
     if (instance === undefined) return this.#drop(DROP.bad_quote);
     this.#rewriteQuote(
       bytes,
@@ -583,7 +593,7 @@ export class ProxyTun {
       instance.instanceIp,
       local.namespaceIp,
       ports.source,
-      flow?.wirePort ?? ports.target,
+      flow < 0 ? ports.target : this.flows.wirePort[flow]!,
     );
     const to = this.#to;
     to.source = local.instanceIp;
@@ -629,12 +639,12 @@ export class ProxyTun {
       offset,
       quote,
       receiver.namespaceIp,
-      flow?.dialled ?? about.instanceIp,
-      flow?.port ?? ports.source,
+      flow < 0 ? about.instanceIp : this.flows.dialled[flow]!,
+      flow < 0 ? ports.source : this.flows.port[flow]!,
       ports.target,
     );
     const to = this.#to;
-    to.source = flow?.dialled ?? sender.instanceIp;
+    to.source = flow < 0 ? sender.instanceIp : this.flows.dialled[flow]!;
     to.target = receiver.namespaceIp;
     to.ttl = 0;
     rewrite(bytes, offset, this.#at, TRANSPORT.none, to);
@@ -746,7 +756,7 @@ export class ProxyTun {
       held.id = id;
       held.protocol = this.#protocol;
       this.counters[COUNT.fragments_held]!++;
-      return VERDICT.drop;
+      return VERDICT.held;
     }
     const to = this.#to;
     to.source = track.newSource;
@@ -786,7 +796,7 @@ export class ProxyTun {
     outerIp: number,
     outerPort: number,
     now: number,
-  ): void {
+  ): Verdict {
     const last = this.#missedMs.get(address);
     const most = leaving ? MISSES_PER_TICK_MAX : MISSES_PER_TICK_MAX / 2;
     if (this.misses.length < most && (last === undefined || now - last >= MISS_REPORT_MS)) {
@@ -799,14 +809,20 @@ export class ProxyTun {
       this.misses.push(ipv4(address));
       this.counters[COUNT.misses_reported]!++;
     }
-    if (this.#kind === TRANSPORT.partial) return;
-    const held = this.hold.take(bytes, offset, length, 'route', now);
-    if (held === undefined) return;
+    const held =
+      this.#kind === TRANSPORT.partial ? undefined : this.hold.take(bytes, offset, length, 'route', now);
+    if (held === undefined) return this.#drop(leaving ? DROP.unknown_destination : DROP.unknown_sender);
     held.leaving = leaving;
     held.address = address;
     held.outerIp = outerIp;
     held.outerPort = outerPort;
     this.counters[COUNT.packets_held]!++;
+    return VERDICT.held;
+  }
+
+  #giveUp(held: Held): void {
+    this.counters[COUNT.packets_given_up]!++;
+    this.#drop(held.leaving ? DROP.unknown_destination : DROP.unknown_sender);
   }
 
   /** Tells the sender of a held packet that nobody has the address it dialled. */
@@ -837,7 +853,7 @@ export class ProxyTun {
       case 'unowned':
         this.#missedMs.delete(command.address);
         this.hold.giveUp(command.address, (held) => {
-          this.counters[COUNT.packets_given_up]!++;
+          this.#giveUp(held);
           this.#refuse(held.at, now);
         });
         return;
@@ -846,21 +862,21 @@ export class ProxyTun {
         return;
       case 'nodeSuspect':
       case 'nodeDead':
-        this.#endFlows(
-          ({ state, instance: { peer } }) =>
+        this.#endFlows((flow) => {
+          const { peer } = this.flows.instance(flow);
+          return (
             peer !== undefined &&
             peer.ip === command.nodeIp &&
             peer.port === command.ewp &&
-            (command.kind === 'nodeDead' || state === FLOW_STATE.opening),
-          now,
-        );
+            (command.kind === 'nodeDead' || this.flows.state[flow] === FLOW_STATE.opening)
+          );
+        }, now);
         return;
       case 'instanceDead':
-        this.#endFlows(
-          ({ instance: { service, instance } }) =>
-            service.id === command.service && instance === command.instance,
-          now,
-        );
+        this.#endFlows((flow) => {
+          const { service, instance } = this.flows.instance(flow);
+          return service.id === command.service && instance === command.instance;
+        }, now);
         return;
       case 'callers':
         this.routes.putCallers(command.nodes);
@@ -874,7 +890,8 @@ export class ProxyTun {
           const needs = is.needs;
           this.#contacts.forget(command.namespaceIp);
           this.#endFlows(
-            (flow) => flow.local === is.namespaceIp && !needs.has(flow.instance.service.id),
+            (flow) =>
+              this.flows.local[flow] === is.namespaceIp && !needs.has(this.flows.instance(flow).service.id),
             now,
           );
         }
@@ -926,11 +943,9 @@ export class ProxyTun {
     this.#remembered.delete(instanceIp);
     for (const { protocol, local, port, dialled, remotePort, wirePort, state } of records) {
       if (this.flows.size >= this.flows.max) return;
-      if (this.flows.byDialled(protocol, local, port, dialled, remotePort) !== undefined) continue;
-      if (this.flows.byWire(protocol, local, wirePort, instanceIp, remotePort) !== undefined) continue;
-      const flow = new Flow(protocol, local, port, dialled, remotePort, wirePort, instance, now);
-      flow.state = state;
-      this.flows.add(flow);
+      if (this.flows.byDialled(protocol, local, port, dialled, remotePort) >= 0) continue;
+      if (this.flows.byWire(protocol, local, wirePort, instanceIp, remotePort) >= 0) continue;
+      this.flows.open(protocol, local, port, dialled, remotePort, wirePort, instance, now, state);
       this.counters[COUNT.flows_restored]!++;
     }
     this.counters[COUNT.flows] = this.flows.size;
@@ -941,9 +956,10 @@ export class ProxyTun {
     this.counters[COUNT.flows_expired]! += this.flows.sweep(sweep, now);
     this.counters[COUNT.flows] = this.flows.size;
     this.routes.prunePeers(now);
-    const { fragments, packets } = this.hold.expire(now);
-    this.counters[DROP.fragment_orphan]! += fragments;
-    this.counters[COUNT.packets_given_up]! += packets;
+    this.hold.expire(now, (held) => {
+      if (held.state === 'fragment') this.#drop(DROP.fragment_orphan);
+      else this.#giveUp(held);
+    });
     for (const [address, last] of this.#missedMs) {
       if (now - last < MISS_REPORT_MS) break;
       this.#missedMs.delete(address);
@@ -956,12 +972,12 @@ export class ProxyTun {
   }
 
   #endGone(gone: readonly InstanceEntry[], now: number): void {
-    if (gone.some((entry) => entry.flows > 0)) this.#endFlows((flow) => !flow.instance.live, now);
+    if (gone.some((entry) => entry.flows > 0)) this.#endFlows((flow) => !this.flows.instance(flow).live, now);
   }
 
   #forgetLocal(namespaceIp: number): void {
     this.#contacts.forget(namespaceIp);
-    for (const flow of this.flows) if (flow.local === namespaceIp) this.#removeFlow(flow);
+    for (const flow of this.flows) if (this.flows.local[flow] === namespaceIp) this.#removeFlow(flow);
   }
 
   #chose(target: Target, instance: InstanceEntry, local: LocalEntry): void {

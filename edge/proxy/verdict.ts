@@ -1,8 +1,8 @@
 // What can happen to a packet: a closed vocabulary. Every drop has a name and a counter; the names are what the
 // operator reads in /metrics and in edge/proxy/README.md.
 
-/** Where a packet goes next. */
-export const VERDICT = { drop: 0, tunnel: 1, tun: 2 } as const;
+/** Where a packet goes next; `held`: nowhere yet, a copy of it waits. */
+export const VERDICT = { drop: 0, tunnel: 1, tun: 2, held: 3 } as const;
 export type Verdict = (typeof VERDICT)[keyof typeof VERDICT];
 
 /** Reasons to drop, each with the sentence that the documentation prints. */

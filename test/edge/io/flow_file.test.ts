@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { type FlowFile, openFlowFile } from '../../../edge/io/flow_file.ts';
-import { FLOW_STATE, Flow, type FlowRecord, FlowTable } from '../../../edge/proxy/flows.ts';
+import { FLOW_STATE, type FlowRecord, FlowTable } from '../../../edge/proxy/flows.ts';
 import type { InstanceEntry } from '../../../edge/proxy/routes.ts';
 import { Rng } from '../../../src/rng.ts';
 import { TCP_ACK, TCP_SYN } from '../../../src/wire/tcp.ts';
@@ -30,8 +30,7 @@ test('FlowFile gives back the flows that were there, in their last state, and no
   const table = new FlowTable(100);
   table.watcher = file;
   const instance = { instanceIp: 0xac1e0201, flows: 0, dialled: 0 } as InstanceEntry;
-  const flows = [1, 2, 3].map((n) => new Flow(6, 0xac100042, n, 0xac1e000a, 80, n + 100, instance, 0));
-  for (const flow of flows) table.add(flow);
+  const flows = [1, 2, 3].map((n) => table.open(6, 0xac100042, n, 0xac1e000a, 80, n + 100, instance, 0));
   table.setState(flows[0]!, FLOW_STATE.established);
   table.remove(flows[1]!);
   file.close();
@@ -119,7 +118,7 @@ test('FlowFile writes by block when it is told to, and says what the disk says a
   const table = new FlowTable(1_024);
   table.watcher = file;
   const instance = { instanceIp: 0xac1e0201, flows: 0, dialled: 0 } as InstanceEntry;
-  for (let n = 0; n < 500; n++) table.add(new Flow(6, 1, n, 2, 80, n, instance, 0));
+  for (let n = 0; n < 500; n++) table.open(6, 1, n, 2, 80, n, instance, 0);
   const written = (): number =>
     Array.from({ length: 1_024 }, (_, i) => readFileSync(path)[8 + i * 24]!).filter((state) => state > 0)
       .length;

@@ -1,7 +1,7 @@
 import { test } from 'uvu';
 import * as assert from 'uvu/assert';
 import { Contacts } from '../../../edge/proxy/contacts.ts';
-import { FLOW_STATE, Flow, FlowTable, isStale, TupleIndex } from '../../../edge/proxy/flows.ts';
+import { FLOW_STATE, FlowTable, TupleIndex } from '../../../edge/proxy/flows.ts';
 import type { InstanceEntry } from '../../../edge/proxy/routes.ts';
 import { Rng } from '../../../src/rng.ts';
 
@@ -32,6 +32,17 @@ test('TupleIndex equals a Map through 200,000 random operations on keys that col
     assert.is(index.find(x, y, z, w), slot);
   }
 });
+
+interface Flow {
+  readonly flow: number;
+  readonly local: number;
+  readonly port: number;
+  readonly dialled: number;
+  readonly wirePort: number;
+  readonly instance: InstanceEntry;
+  state: number;
+  usedMs: number;
+}
 
 /** A list that is searched from end to end. */
 class ListTable {
@@ -66,7 +77,7 @@ class ListTable {
     );
     const rank = (f: Flow): number =>
       f.state >= FLOW_STATE.closed ? 0 : f.state === FLOW_STATE.opening ? 1 : 2;
-    const [victim] = this.#of(owner).sort((x, y) => rank(x) - rank(y) || x.touchedMs - y.touchedMs);
+    const [victim] = this.#of(owner).sort((x, y) => rank(x) - rank(y) || x.usedMs - y.usedMs);
     this.remove(victim!);
   }
   add(flow: Flow): void {
@@ -82,74 +93,96 @@ test('FlowTable equals a list: both faces, removal, expiry, and who goes first w
   const twin = new ListTable(64);
   const instances = [entry(1), entry(2), entry(3)];
   const states = Object.values(FLOW_STATE);
+  const removed = (flow: Flow): void => {
+    table.remove(flow.flow);
+    twin.remove(flow);
+  };
   let now = 0;
   for (let i = 0; i < 60_000; i++) {
     now += 1_000; // beyond the grain of recency, so that both orders are the same
     const local = rng.below(3);
     const port = rng.below(40);
     const dialled = 100 + rng.below(3);
-    const expected = twin.byDialled(local, port, dialled);
-    const found = table.byDialled(6, local, port, dialled, 80);
-    assert.is(found, expected);
-    if (found !== undefined && isStale(found, now)) {
-      table.remove(found);
-      twin.remove(found);
-      continue;
-    }
+    const found = twin.byDialled(local, port, dialled);
+    assert.is(table.byDialled(6, local, port, dialled, 80), found?.flow ?? -1);
     if (found !== undefined) {
-      if (rng.below(10) === 0) {
-        table.remove(found);
-        twin.remove(found);
-      } else {
-        // Changed as the proxy does: with a packet, so at the time of its use.
-        if (rng.below(3) === 0) table.setState(found, states[rng.below(states.length)]!);
-        table.use(found, now);
+      const { flow } = found;
+      assert.is(table.instance(flow), found.instance);
+      assert.is(table.wirePort[flow], found.wirePort);
+      assert.is(table.state[flow], found.state);
+      if (table.isStale(flow, now) || rng.below(10) === 0) {
+        removed(found);
+        continue;
       }
+      // Changed as the proxy does: with a packet, so at the time of its use.
+      if (rng.below(3) === 0) {
+        found.state = states[rng.below(states.length)]!;
+        table.setState(flow, found.state as (typeof states)[number]);
+      }
+      found.usedMs = now;
+      table.use(flow, now);
       continue;
     }
     const instance = instances[rng.below(3)]!;
     let wirePort = port;
     while (twin.byWire(local, wirePort, instance.instanceIp) !== undefined) wirePort++;
-    const flow = new Flow(6, local, port, dialled, 80, wirePort, instance, now);
-    table.add(flow);
-    twin.add(flow);
+    const flow = table.open(6, local, port, dialled, 80, wirePort, instance, now);
+    twin.add({ flow, local, port, dialled, wirePort, instance, state: FLOW_STATE.opening, usedMs: now });
     assert.is(table.size, twin.list.length);
     const probe = rng.below(60);
     assert.is(
       table.byWire(6, local, probe, instance.instanceIp, 80),
-      twin.byWire(local, probe, instance.instanceIp),
+      twin.byWire(local, probe, instance.instanceIp)?.flow ?? -1,
     );
   }
   assert.ok(table.evicted > 100, `${table.evicted}`);
-  assert.equal(new Set(table), new Set(twin.list));
+  assert.equal(new Set(table), new Set(twin.list.map(({ flow }) => flow)));
   assert.is(
     instances.reduce((sum, i) => sum + i.flows, 0),
     table.size,
   );
   table.sweep(10_000, now + 1e9);
   assert.is(table.size, 0);
+  assert.equal([...table], []);
   assert.throws(() => {
-    for (let i = 0; i < 2; i++) table.add(new Flow(6, 1, 2, 3, 80, 2, instances[0]!, now));
+    for (let i = 0; i < 2; i++) table.open(6, 1, 2, 3, 80, 2, instances[0]!, now);
   }, /one flow per face/);
+  const [only] = table;
+  table.remove(only!);
+  assert.throws(() => table.remove(only!), /removed once/);
+});
+
+test('FlowTable: a place that was given up tells nothing of who had it', () => {
+  const table = new FlowTable(1);
+  const first = table.open(6, 1, 2, 3, 80, 2, entry(9), 5);
+  table.serverNext[first] = 7;
+  table.clientNext[first] = 8;
+  table.close(first, true, true, false);
+  assert.is(table.state[first], FLOW_STATE.halfClosed);
+  const second = table.open(6, 1, 4, 3, 80, 4, entry(9), 10);
+  assert.is(second, first);
+  assert.is(table.byDialled(6, 1, 2, 3, 80), -1);
+  assert.equal([table.serverNext[second], table.clientNext[second], table.state[second]], [0, 0, 0]);
+  table.close(second, false, true, false);
+  assert.is(table.state[second], FLOW_STATE.halfClosed, 'the other side has not said FIN');
+  table.close(second, true, true, false);
+  assert.is(table.state[second], FLOW_STATE.closed);
 });
 
 test('FlowTable: short connections of one instance do not evict the idle ones of any', () => {
   const table = new FlowTable(100);
   const instance = entry(9);
-  const live = (local: number, port: number): Flow => {
-    const flow = new Flow(6, local, port, 2, 80, port, instance, 0);
-    table.add(flow);
+  const live = (local: number, port: number): number => {
+    const flow = table.open(6, local, port, 2, 80, port, instance, 0);
     table.setState(flow, FLOW_STATE.established);
     return flow;
   };
-  const idle = [1, 2].flatMap((local) => Array.from({ length: 20 }, (_, port) => live(local, port)));
-  for (let i = 0; i < 10_000; i++) {
-    const flow = live(1, 1_000 + i);
-    table.setState(flow, FLOW_STATE.closed);
-  }
+  const ports = Array.from({ length: 20 }, (_, port) => port);
+  for (const local of [1, 2]) for (const port of ports) live(local, port);
+  for (let i = 0; i < 10_000; i++) table.setState(live(1, 1_000 + i), FLOW_STATE.closed);
   // And a flood that is never answered costs the others nothing.
-  for (let i = 0; i < 10_000; i++) table.add(new Flow(17, 3, i, 2, 80, i, instance, 0));
-  assert.ok(idle.every((flow) => flow.slot >= 0));
+  for (let i = 0; i < 10_000; i++) table.open(17, 3, i, 2, 80, i, instance, 0);
+  for (const local of [1, 2]) assert.ok(ports.every((port) => table.byDialled(6, local, port, 2, 80) >= 0));
   assert.is(table.size, 100);
 });
 
@@ -157,7 +190,7 @@ test('FlowTable stays within its bound and frees what it drops', () => {
   const table = new FlowTable(100);
   const instance = entry(9);
   for (let i = 0; i < 10_000; i++) {
-    table.add(new Flow(6, 1, i & 0xffff, 2, 80, i & 0xffff, instance, i));
+    table.open(6, 1, i & 0xffff, 2, 80, i & 0xffff, instance, i);
     assert.ok(table.size <= 100);
   }
   assert.is(table.evicted, 9_900);
@@ -166,19 +199,20 @@ test('FlowTable stays within its bound and frees what it drops', () => {
 });
 
 test('isStale: each protocol and state has its own patience', () => {
-  const make = (protocol: number): Flow => new Flow(protocol, 1, 2, 3, 4, 2, entry(1), 0);
-  const udp = make(17);
-  assert.not(isStale(udp, 30_000));
-  assert.ok(isStale(udp, 30_001), 'UDP seen one way: 30 s');
-  udp.state = FLOW_STATE.established;
-  assert.not(isStale(udp, 180_000));
-  assert.ok(isStale(udp, 180_001), 'UDP seen both ways: 180 s');
-  const tcp = make(6);
-  assert.ok(isStale(tcp, 130_001));
-  tcp.state = FLOW_STATE.established;
-  assert.not(isStale(tcp, 23 * 3_600_000));
-  tcp.state = FLOW_STATE.reset;
-  assert.ok(isStale(tcp, 10_001));
+  const table = new FlowTable(2);
+  const udp = table.open(17, 1, 2, 3, 4, 2, entry(1), 0);
+  assert.not(table.isStale(udp, 30_000));
+  assert.ok(table.isStale(udp, 30_001), 'UDP seen one way: 30 s');
+  table.setState(udp, FLOW_STATE.established);
+  assert.not(table.isStale(udp, 180_000));
+  assert.ok(table.isStale(udp, 180_001), 'UDP seen both ways: 180 s');
+  const tcp = table.open(6, 1, 2, 3, 4, 2, entry(1), 0);
+  assert.ok(table.isStale(tcp, 130_001));
+  table.setState(tcp, FLOW_STATE.established);
+  assert.not(table.isStale(tcp, 23 * 3_600_000));
+  table.reset(tcp, 5);
+  assert.not(table.isStale(tcp, 10_005));
+  assert.ok(table.isStale(tcp, 10_006));
 });
 
 test('Contacts: fresh ones are found, old and forgotten ones are not, the oldest makes room', () => {

@@ -303,7 +303,10 @@ test('spoofing is dropped by name, from both sides', () => {
   assert.is(one.arrive(udp({ source: CART_1, target: CLIENT }), 3), 'spoofed_sender');
   assert.is(one.arrive(udp({ source: a('172.30.1.2'), target: CLIENT }), 2), 'spoofed_sender');
   assert.is(one.arrive(udp({ source: a('172.16.0.130'), target: CLIENT }), 2), 'unknown_sender');
-  assert.is(one.arrive(udp({ source: a('172.30.9.9'), target: CLIENT }), 2), 'unknown_sender');
+  assert.is(one.arrive(udp({ source: a('172.30.9.9'), target: CLIENT }), 2), 'held');
+  one.now += 5_000;
+  one.proxy.tick(0, one.now);
+  assert.is(one.counter('drop_unknown_sender'), 2, 'once for the one whose source is no InstanceIP');
   assert.is(one.arrive(udp({ source: CART_1, target: a('172.16.0.100') }), 2), 'unknown_receiver');
   assert.is(one.arrive(udp({ source: CART_1, target: a('10.0.0.1') }), 2), 'unknown_receiver');
 });
@@ -692,8 +695,8 @@ test('fragments follow their first, also when they come before it', () => {
 test('a miss is reported once a second, and its packet goes on when the route comes', () => {
   const one = new NodeUnderTest(1);
   const unknown = a('172.30.7.7');
-  assert.is(one.leave(udp({ source: CLIENT, target: unknown })), 'unknown_destination');
-  assert.is(one.leave(udp({ source: CLIENT, target: unknown })), 'unknown_destination');
+  assert.is(one.leave(udp({ source: CLIENT, target: unknown })), 'held');
+  assert.is(one.leave(udp({ source: CLIENT, target: unknown })), 'held');
   assert.equal(one.proxy.misses.splice(0), [unknown]);
   one.now += 1_001;
   one.leave(udp({ source: CLIENT, target: unknown }));
@@ -702,9 +705,17 @@ test('a miss is reported once a second, and its packet goes on when the route co
   assert.is(one.proxy.hold.due, 3);
   for (let i = 0; i < 5_000; i++) one.leave(udp({ source: CLIENT, target: a('172.30.8.0') + (i % 4_000) }));
   assert.ok(one.proxy.hold.waiting <= 256 + 128);
+  const held = one.counter('packets_held') - 3;
+  assert.is(one.counter('drop_unknown_destination'), 5_000 - held, 'those that found no room');
   one.now += 5_000;
   one.proxy.tick(0, one.now);
   assert.ok(one.proxy.hold.waiting <= 3);
+  assert.is(one.counter('packets_given_up'), held);
+  assert.is(
+    one.counter('drop_unknown_destination'),
+    5_000,
+    'each was held or dropped, and in the end dropped',
+  );
 });
 
 test('an address that nobody has: who waits for it is told, by the address that it dialled', () => {
@@ -719,6 +730,8 @@ test('an address that nobody has: who waits for it is told, by the address that 
   one.apply({ kind: 'unowned', address: nobody });
   assert.is(one.proxy.hold.waiting, 1, 'what came from a stranger waits for its route');
   assert.is(one.counter('packets_given_up'), 2);
+  assert.is(one.counter('drop_unknown_destination'), 2);
+  assert.is(one.counter('drop_unknown_sender'), 0);
   assert.equal(one.answers(), [
     '172.30.7.7.80 > 172.16.0.66.40000: TCP [R.] seq 0 ack 1001 length 0 (ttl 64)',
     '172.30.7.7 > 172.16.0.66: ICMP type 3 code 1 id 0 length 41 (ttl 64)',
@@ -816,8 +829,8 @@ test('a local instance that is gone may not send, and its flows go with it', () 
 test('serviceGone: its addresses are unknown from then on', () => {
   const one = new NodeUnderTest(1);
   one.apply({ kind: 'serviceGone', service: CART });
-  assert.is(one.leave(udp({ source: CLIENT, target: CART_RR })), 'unknown_destination');
-  assert.is(one.leave(udp({ source: CLIENT, target: CART_1 })), 'unknown_destination');
+  assert.is(one.leave(udp({ source: CLIENT, target: CART_RR })), 'held');
+  assert.is(one.leave(udp({ source: CLIENT, target: CART_1 })), 'held');
 });
 
 test.run();

@@ -167,8 +167,9 @@ export class NodeUnderTest {
       const name = COUNTER_NAMES.find(
         (name, i) => name.startsWith('drop_') && this.proxy.counters[i] !== before[i],
       );
-      return name === undefined ? 'held' : name.slice(5);
+      return name?.slice(5) ?? 'dropped in silence';
     }
+    if (verdict === VERDICT.held) return 'held';
     const where =
       verdict === VERDICT.tun ? 'tun' : `node ${(this.proxy.peer!.subnet - a('172.16.0.0')) / 64}`;
     return `${where}: ${printAt(this.bytes, AT, length)}`;
