@@ -14,6 +14,7 @@ import { DEFAULT_NETWORK_CONFIG } from '../src/records.ts';
 import { connectEtcd } from './etcd/client.ts';
 import { parseCredentials } from './etcd/credentials.ts';
 import { systemTime } from './etcd/time.ts';
+import { boundHeap } from './io/heap.ts';
 import { parseZone, type Zone } from './outside.ts';
 import { parseRoles, startRoles } from './roles.ts';
 
@@ -107,6 +108,7 @@ async function run(argv: readonly string[]): Promise<void> {
 
   // ---- above: only reading; below: the world ----
 
+  boundHeap();
   const kv = connectEtcd({ endpoints, log, ...(credentials === undefined ? {} : { credentials }) });
   const keys = new Keys(setting('root') ?? DEFAULT_ROOT);
   const ended = new Promise<void>((resolve) => {

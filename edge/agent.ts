@@ -324,7 +324,7 @@ export class Agent implements NodeControl {
       const config = this.#registered?.network ?? (await ensureConfig(kv, keys, network));
       const { service, revision } = await applyService(kv, keys, config, descriptor);
       await this.#known(service.id);
-      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS, service.id);
       return viewService(service, table.instancesOf(service.id).length);
     });
   }
@@ -335,7 +335,7 @@ export class Agent implements NodeControl {
       const config = this.#registered?.network ?? (await ensureConfig(kv, keys, this.#parts.network));
       await this.#known(service);
       const revision = await deleteService(kv, keys, config, service);
-      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS, service);
     });
   }
 
@@ -992,7 +992,7 @@ export class Agent implements NodeControl {
       const lease = await node.presence.held(limits.READ_YOUR_WRITES_MS);
       const { kv, keys } = this.#parts;
       const revision = await publishInstance(kv, keys, node.claim.subnet, published, lease);
-      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS, service);
     }
     await this.#writeState();
     this.#log.info(
@@ -1076,7 +1076,7 @@ export class Agent implements NodeControl {
       };
       const revision = await releaseInstance(kv, keys, node.network, held);
       released = true;
-      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS);
+      await routes.waitFor(revision, limits.READ_YOUR_WRITES_MS, service);
     } catch (thrown) {
       this.#warn(
         released ? `${id} left; this node's table does not show it yet` : `${id} is not withdrawn yet`,

@@ -3,6 +3,7 @@
 // for, so that `edgeway get nodes` does not pay for etcd and FFI.
 import process from 'node:process';
 import { type ArgsDef, defineCommand, runMain } from 'citty';
+import { boundHeap } from '../coordinator/io/heap.ts';
 import packageJson from '../package.json' with { type: 'json' };
 import { complaint } from './cli/flags.ts';
 import { SETTINGS, type SettingName } from './config.ts';
@@ -25,6 +26,7 @@ const agentCommand = defineCommand({
   meta: { name: 'agent', description: 'run the agent of this host; every flag may also be EDGEWAY_<FLAG>' },
   args: agentArgs,
   async run({ args }) {
+    boundHeap();
     const { runAgent } = await import('./compose.ts');
     const flags = Object.fromEntries(
       Object.keys(SETTINGS).flatMap((name) => (typeof args[name] === 'string' ? [[name, args[name]]] : [])),
@@ -79,6 +81,7 @@ const kudoCommand = defineCommand({
     },
   },
   async run({ args }) {
+    boundHeap();
     const { runKudo } = await import('./kudo/main.ts');
     await runKudo({ listen: args.listen, stateDir: args['state-dir'], logLevel: args['log-level'] });
   },

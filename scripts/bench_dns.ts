@@ -13,6 +13,7 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { decode, encode } from 'dns-packet';
+import { DENO_HEAP_FLAGS } from '../coordinator/io/heap.ts';
 import { formatIpv4, ipv4, parseCidr } from '../src/addr.ts';
 import { unwrap } from '../src/error.ts';
 import { layoutOf } from '../src/plan.ts';
@@ -322,7 +323,7 @@ async function ours(runtime: string, port: number): Promise<Own> {
   const file = join(import.meta.dirname, 'bench_dns_server.ts');
   const argv =
     runtime === 'deno'
-      ? [process.env['DENO'] ?? 'deno', 'run', '-A', '--quiet', file]
+      ? [process.env['DENO'] ?? 'deno', 'run', '-A', '--quiet', DENO_HEAP_FLAGS, file]
       : [process.execPath, '--disable-warning=ExperimentalWarning', file];
   const child = start(pinned(0, [...argv, String(port), String(SERVICES)]));
   try {

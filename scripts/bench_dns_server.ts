@@ -3,12 +3,15 @@
 //   bench_dns_server.ts PORT SERVICES
 import process from 'node:process';
 import { createInterface } from 'node:readline';
+import { boundHeap } from '../coordinator/io/heap.ts';
 import { startDnsServer } from '../edge/io/dns_server.ts';
 import { RouteTable } from '../edge/routes/table.ts';
 import { type Ipv4, ipv4, parseIpv4 } from '../src/addr.ts';
 import { unwrap } from '../src/error.ts';
 import { SILENT } from '../src/log.ts';
 import { parseServiceId, type ServiceId, splitServiceId } from '../src/name.ts';
+
+boundHeap();
 
 const [port, services] = process.argv.slice(2).map(Number) as [number, number];
 const table = new RouteTable();

@@ -364,8 +364,15 @@ const TARGETS: readonly (readonly [string, string, string])[] = [
   ['services_10000_vs_10', '≤ 1.1', '1.0'],
 ];
 
-/** A steady load for that long; resident sets at even times. */
-async function soak(place: Place, total: number): Promise<number[]> {
+interface Soaked {
+  /** Resident set of the larger agent at even times, MB. */
+  readonly rss_mb: readonly number[];
+  /** From the second fifth to the last, MB: in the first one tables fill and code is compiled. */
+  readonly growth_mb: number;
+}
+
+/** A steady load for that long. */
+async function soak(place: Place, total: number): Promise<Soaked> {
   const samples: number[] = [];
   const end = performance.now() + total * 1000;
   while (performance.now() < end) {
@@ -374,13 +381,15 @@ async function soak(place: Place, total: number): Promise<number[]> {
     load(place, 'udp', 60_000, 2, 64);
     samples.push(round((await agents(place)).rssMb));
   }
-  return samples;
+  const fifth = (nth: number): number =>
+    median(samples.filter((_, i) => Math.floor((i * 5) / samples.length) === nth));
+  return { rss_mb: samples, growth_mb: samples.length < 5 ? Number.NaN : fifth(4) - fifth(1) };
 }
 
 const places = new Map<Path, Place>();
 const runs = new Map<Path, Figures[]>(chosen.map((path) => [path, []]));
 const tables: Partial<Record<Runtime, Record<string, number>>> = {};
-const soaked: Record<string, number[]> = {};
+const soaked: Record<string, Soaked> = {};
 let busiest = 0;
 
 let cleaned: Promise<void> | undefined;
@@ -489,7 +498,10 @@ print([
     ...['services_10_ns', 'services_10000_ns', 'flows_100000_ns'].map((name) => String(of[name])),
   ]),
 ]);
-if (Object.keys(soaked).length > 0) console.log(`\nresident set under load, MB: ${JSON.stringify(soaked)}`);
+for (const [path, { rss_mb, growth_mb }] of Object.entries(soaked))
+  console.log(
+    `\n${path}: resident set under load ${rss_mb[0]} → ${rss_mb.at(-1)} MB, grew by ${round(growth_mb)} MB after the first fifth`,
+  );
 const version = (runtime: Runtime): string =>
   spawnSync(runtimeArgv(runtime)[0]!, ['--version'], { encoding: 'utf8' }).stdout.split('\n')[0]!.trim();
 console.log(

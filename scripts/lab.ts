@@ -24,6 +24,7 @@ import { request } from 'node:http';
 import { dirname, join } from 'node:path';
 import process from 'node:process';
 import { fileURLToPath } from 'node:url';
+import { DENO_HEAP_FLAGS } from '../coordinator/io/heap.ts';
 import { readArguments, refuse } from './arguments.ts';
 import { type Dockerd, startDockerd } from './docker_lab.ts';
 
@@ -556,7 +557,7 @@ export class Lab {
       const deno =
         process.env['DENO'] ?? (process.versions['deno'] === undefined ? undefined : process.execPath);
       if (deno === undefined) throw new Error('the environment variable DENO must name the deno binary');
-      return [deno, 'run', '-A', '--quiet', join(root, 'edge/main.ts'), ...args];
+      return [deno, 'run', '-A', '--quiet', DENO_HEAP_FLAGS, join(root, 'edge/main.ts'), ...args];
     }
     const node =
       process.env['NODE'] ?? (process.versions['deno'] === undefined ? process.execPath : undefined);

@@ -6,6 +6,7 @@
 import { readFileSync } from 'node:fs';
 import process from 'node:process';
 import { createInterface } from 'node:readline';
+import { boundHeap } from '../coordinator/io/heap.ts';
 import { startPacketLoop } from '../edge/io/packet_loop.ts';
 import type { PacketLoop } from '../edge/ports.ts';
 import type { ProxyCommand, ProxyConfig } from '../edge/proxy/command.ts';
@@ -32,6 +33,8 @@ function memory(): { rssKb: number; cpuMs: number } {
   const { user, system } = process.cpuUsage();
   return { rssKb: Number(/VmRSS:\s+(\d+)/.exec(status)?.[1] ?? 0), cpuMs: (user + system) / 1000 };
 }
+
+boundHeap();
 
 let loop: PacketLoop | undefined;
 for await (const text of createInterface({ input: process.stdin })) {

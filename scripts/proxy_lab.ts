@@ -7,6 +7,7 @@ import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { join } from 'node:path';
 import process from 'node:process';
 import { createInterface } from 'node:readline';
+import { DENO_HEAP_FLAGS } from '../coordinator/io/heap.ts';
 import type { InstanceRoute, ProxyCommand, ProxyConfig, ProxyReport } from '../edge/proxy/command.ts';
 import { formatIpv4, type Ipv4, ipv4 } from '../src/addr.ts';
 import { MTU_DEFAULT, sendSegments, VNI_DEFAULT } from '../src/limits.ts';
@@ -20,7 +21,7 @@ export type Runtime = 'node' | 'deno';
 /** The command that runs a TypeScript file of this tree. */
 export function runtimeArgv(runtime: Runtime): string[] {
   return runtime === 'deno'
-    ? [process.env['DENO'] ?? 'deno', 'run', '-A', '--quiet']
+    ? [process.env['DENO'] ?? 'deno', 'run', '-A', '--quiet', DENO_HEAP_FLAGS]
     : [process.env['NODE'] ?? process.execPath, '--disable-warning=ExperimentalWarning'];
 }
 

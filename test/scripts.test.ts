@@ -21,6 +21,7 @@ function call(
 
 /** Each script as it is called, and an option that it has. */
 const SCRIPTS: readonly (readonly [string, readonly string[], string])[] = [
+  ['bench', ['agents'], '--runtime'],
   ['bench', ['dns'], '--seconds'],
   ['bench', ['north-south'], '--cycles'],
   ['bench', ['policies'], '--only'],

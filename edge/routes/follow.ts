@@ -86,6 +86,7 @@ export interface InterestOptions extends InterestLimits {
 
 interface Waiter {
   readonly revision: number;
+  readonly service: ServiceId | undefined;
   readonly resolve: () => void;
 }
 
@@ -293,13 +294,15 @@ export class RouteFollower {
 
   /**
    * Resolves when the table shows the write that had this revision (read your writes); at once for 0. Rejects
-   * `timeout`. The write must have touched something that is followed.
+   * `timeout`. The write must have touched something that is followed; when all of it belongs to one service, naming
+   * it tells a deletion also where a new listing swallowed it and other paths have nothing new.
    */
-  waitFor(revision: number, timeoutMs: number): Promise<void> {
-    if (this.#reached(revision) || this.keyspace.holds(revision)) return Promise.resolve();
+  waitFor(revision: number, timeoutMs: number, service?: ServiceId): Promise<void> {
+    if (this.#reached(revision, service) || this.keyspace.holds(revision)) return Promise.resolve();
     return new Promise((resolve, reject) => {
       const waiter: Waiter = {
         revision,
+        service,
         resolve: () => {
           cancel();
           this.#waiters.delete(waiter);
@@ -437,7 +440,7 @@ export class RouteFollower {
       const awaited = this.#awaited.get(batch.path);
       if (awaited !== undefined && this.#isTold(awaited.service)) awaited.end(true);
     }
-    for (const waiter of this.#waiters) if (this.#reached(waiter.revision)) waiter.resolve();
+    for (const waiter of this.#waiters) if (this.#reached(waiter.revision, waiter.service)) waiter.resolve();
   }
 
   #takeExposed(batch: KeyspaceBatch): void {
@@ -502,8 +505,10 @@ export class RouteFollower {
     }
   }
 
-  #reached(revision: number): boolean {
-    return revision <= this.keyspace.reached || this.#recent.has(revision);
+  #reached(revision: number, service: ServiceId | undefined): boolean {
+    if (revision <= this.keyspace.reached || this.#recent.has(revision)) return true;
+    if (service === undefined) return false;
+    return this.#pathsOf(service).every((path) => this.keyspace.reachedOf(path) >= revision);
   }
 
   #remember(revision: number): void {

@@ -8,6 +8,7 @@ import {
   ownerOf,
   publishInstance,
   publishNode,
+  releaseInstance,
 } from '../../../coordinator/claims.ts';
 import { Keyspace } from '../../../coordinator/keyspace.ts';
 import type { Kv } from '../../../coordinator/kv.ts';
@@ -95,18 +96,23 @@ test('Interest gives every asker a budget for what is new, and what is known cos
   assert.is(interest.use(A, 1_000, true, no).kind, 'begin', 'the node itself has none');
 });
 
-/** Counts what a client is told, and what it asks for. */
-function counting(kv: Kv): { kv: Kv; events: string[]; gets: string[] } {
+type Listener = Parameters<Kv['follow']>[1];
+
+/** Counts what a client is told, and what it asks for; who listens to which path. */
+function counting(kv: Kv): { kv: Kv; events: string[]; gets: string[]; listeners: Map<string, Listener> } {
+  const listeners = new Map<string, Listener>();
   const events: string[] = [];
   const gets: string[] = [];
   return {
     events,
     gets,
+    listeners,
     kv: new Proxy(kv, {
       get: (target, name) => {
         if (name === 'follow')
-          return (path: string, listener: Parameters<Kv['follow']>[1]) =>
-            target.follow(path, {
+          return (path: string, listener: Listener) => {
+            listeners.set(path, listener);
+            return target.follow(path, {
               live: (live) => listener.live(live),
               batch: (batch) => {
                 if (batch.kind === 'changes')
@@ -116,6 +122,7 @@ function counting(kv: Kv): { kv: Kv; events: string[]; gets: string[] } {
                 listener.batch(batch);
               },
             });
+          };
         if (name === 'get')
           return (key: string) => {
             gets.push(key);
@@ -132,7 +139,7 @@ function world(more: Partial<typeof limits> = {}) {
   const store = new MemoryStore(() => time.monotonicMs());
   const writer = store.connect();
   const client = store.connect();
-  const { kv, events, gets } = counting(client);
+  const { kv, events, gets, listeners } = counting(client);
   const routes = new RouteFollower({
     keys,
     open: (listener) => new Keyspace(kv, keys, SILENT, listener),
@@ -146,7 +153,7 @@ function world(more: Partial<typeof limits> = {}) {
         (await kv.get(keys.build({ kind: 'subnet', subnet }))) !== undefined,
     },
   });
-  return { time, store, writer, client, routes, events, gets };
+  return { time, store, writer, client, routes, events, gets, listeners };
 }
 
 async function deploy(kv: Kv, id: string, index: number, service: ServiceId, number: number) {
@@ -208,6 +215,36 @@ test('RouteFollower.ask follows an unknown service; others are answered meanwhil
   await applyService(writer, keys, config, descriptor(B));
   await settle();
   assert.ok(routes.table.service(B), 'and corrected by the watch at once');
+  await routes.close();
+});
+
+test('RouteFollower.waitFor sees a deletion that a new listing swallowed, though other paths are not new', async () => {
+  const { writer, client, routes, listeners } = world();
+  for (const id of [A, B]) await applyService(writer, keys, config, descriptor(id));
+  routes.pin(new Set([A, B]));
+  await settle();
+  await deploy(writer, 'n1', 1, A, 1);
+  await settle();
+  assert.ok(routes.table.instance(A, 1));
+  client.partitioned = true;
+  const revision = await releaseInstance(writer, keys, config, { service: A, instance: 1, node: 'n1' });
+  let told = false;
+  const waiting = routes.waitFor(revision, 1_000, A).then(() => {
+    told = true;
+  });
+  // The connection is back: A is listed anew, B was a moment before the deletion.
+  const again = (path: string): void => {
+    const entries = path.endsWith('/') ? [] : serviceEntries;
+    listeners.get(path)!.batch({ kind: 'snapshot', entries, revision });
+  };
+  const serviceEntries = [(await writer.get(keys.build({ kind: 'service', service: A })))!];
+  again(keys.instancesOf(A));
+  await settle();
+  assert.not(told, 'its own record is not listed yet');
+  again(keys.build({ kind: 'service', service: A }));
+  await waiting;
+  assert.is(routes.table.instance(A, 1), undefined);
+  assert.ok(routes.table.service(A));
   await routes.close();
 });
 
