@@ -8,6 +8,8 @@ import { join } from 'node:path';
 import process from 'node:process';
 import { parseArgs } from 'node:util';
 import { endOnSignals, Lab, must, type Runtime, until } from './lab.ts';
+import { round } from './scale/stats.ts';
+import { cpuMs, growth, residentMb } from './usage.ts';
 
 const { values } = parseArgs({
   allowPositionals: true,
@@ -22,7 +24,7 @@ const runtime: Runtime = values.runtime;
 const seconds = Number(values.seconds);
 
 const HOSTS = 3;
-/** Each of three instances; on every host a namespace for each service, so a third of them is in use. */
+/** Of each INSTANCES, and as many namespaces in all. They are gone through in turn: all instances leave, then all come. */
 const SERVICES = 20;
 const INSTANCES = 3;
 const CHANGE_MS = 150;
@@ -88,17 +90,7 @@ async function change(slot: Slot): Promise<void> {
   else free.push(next);
 }
 
-/** Resident set, MB, and seconds of processor of that process (proc(5): ticks of 10 ms). */
-function spent(pid: number): { rssMb: number; cpuS: number } {
-  const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
-  const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ');
-  const status = readFileSync(`/proc/${pid}/status`, 'utf8');
-  return {
-    rssMb: Math.round(Number(/VmRSS:\s+(\d+)/.exec(status)![1]) / 102.4) / 10,
-    cpuS: (Number(fields[11]) + Number(fields[12])) / 100,
-  };
-}
-const all = (): { rssMb: number; cpuS: number }[] => lab.nodes.map(({ agent }) => spent(agent!.pid!));
+const ofAll = (use: (pid: number) => number): number[] => lab.nodes.map(({ agent }) => use(agent!.pid!));
 
 function questions(): string {
   const file = join(lab.dir, 'questions');
@@ -174,7 +166,7 @@ try {
   for (const slot of slots) await change(slot);
   await clients();
 
-  const before = all();
+  const before = ofAll(cpuMs);
   const begin = performance.now();
   const elapsedMs = (): number => performance.now() - begin;
   let sampledMs = Number.NEGATIVE_INFINITY;
@@ -190,7 +182,7 @@ try {
     }
     if (elapsedMs() - sampledMs >= SAMPLE_MS) {
       sampledMs = elapsedMs();
-      samples.push(all().map(({ rssMb }) => rssMb));
+      samples.push(ofAll(residentMb).map((mb) => round(mb)));
       if (samples.length % 6 === 1)
         console.error(
           `  ${Math.round(sampledMs / 1000)} s: ${samples.at(-1)!.join(', ')} MB, ${changes} changes`,
@@ -198,8 +190,8 @@ try {
     }
     await wait(Math.max(0, begun + CHANGE_MS - performance.now()));
   }
-  const spentS = elapsedMs() / 1000;
-  busy = all().map(({ cpuS }, host) => Math.round(((cpuS - before[host]!.cpuS) / spentS) * 1000) / 10);
+  const spentMs = elapsedMs();
+  busy = ofAll(cpuMs).map((ms, host) => round(((ms - before[host]!) / spentMs) * 100));
 
   for (const { index, name, log } of lab.nodes) {
     await knowsAll(index);
@@ -210,21 +202,15 @@ try {
   await lab.down();
 }
 
-const median = (list: readonly number[]): number => [...list].sort((a, b) => a - b)[list.length >> 1]!;
-/** In the nth fifth of the time. */
-const during = (host: number, nth: number): number =>
-  median(
-    samples.filter((_, i) => Math.floor((i * 5) / samples.length) === nth).map((sample) => sample[host]!),
-  );
-const growth = lab.nodes.map((_, host) => Math.round((during(host, 4) - during(host, 1)) * 10) / 10);
+const grown = lab.nodes.map((_, host) => round(growth(samples.map((sample) => sample[host]!))));
 for (const [host, { name }] of lab.nodes.entries())
   console.log(
-    `${runtime} ${name}: resident set ${samples[0]![host]} → ${samples.at(-1)![host]} MB, grew by ${growth[host]} MB after the first fifth; ${busy[host]} % of a core`,
+    `${runtime} ${name}: resident set ${samples[0]![host]} → ${samples.at(-1)![host]} MB, grew by ${grown[host]} MB after the first fifth; ${busy[host]} % of a core`,
   );
 console.log(`${changes} changes, ${outages} deaths of etcd; answers to calls: ${JSON.stringify(answers)}`);
 if (values.json !== undefined)
   writeFileSync(
     values.json,
-    `${JSON.stringify({ runtime, seconds, samples, growth_mb: growth, busy, changes, outages, answers }, null, 2)}\n`,
+    `${JSON.stringify({ runtime, seconds, samples, growth_mb: grown, busy, changes, outages, answers }, null, 2)}\n`,
   );
 process.exit(0);

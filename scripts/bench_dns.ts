@@ -5,7 +5,7 @@
 //   npm run bench -- dns [--runtime node|deno] [--seconds N] [--quick] [--json FILE]
 import { type ChildProcess, spawn } from 'node:child_process';
 import { createSocket } from 'node:dgram';
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { availableParallelism, cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
@@ -13,12 +13,13 @@ import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { decode, encode } from 'dns-packet';
-import { DENO_HEAP_FLAGS } from '../coordinator/io/heap.ts';
 import { formatIpv4, ipv4, parseCidr } from '../src/addr.ts';
 import { unwrap } from '../src/error.ts';
 import { layoutOf } from '../src/plan.ts';
 import { POLICIES } from '../src/policy.ts';
 import { Lab, type Runtime, until } from './lab.ts';
+import { runtimeArgv } from './proxy_lab.ts';
+import { cpuMs } from './usage.ts';
 
 const SERVICES = 1_000;
 const RATE = 20_000;
@@ -149,9 +150,9 @@ async function fullLoad(port: number, server: ChildProcess): Promise<FullLoad> {
   // The first run warms both up; of three the best counts, for both alike.
   let best: FullLoad = { qps: 0, cpuUs: Number.POSITIVE_INFINITY, wrong: 0 };
   for (let i = 0; i < 3; i++) {
-    const before = cpuMs(server);
+    const before = cpuMs(server.pid!);
     const text = await dnsperf(port, ['-c', '4', '-q', '200']);
-    const spent = (cpuMs(server) - before) * 1000;
+    const spent = (cpuMs(server.pid!) - before) * 1000;
     best = {
       qps: Math.max(best.qps, qpsOf(text)),
       cpuUs: Math.min(best.cpuUs, spent / number(text, /Queries completed:\s+(\d+)/)),
@@ -159,13 +160,6 @@ async function fullLoad(port: number, server: ChildProcess): Promise<FullLoad> {
     };
   }
   return { ...best, cpuUs: Math.round(best.cpuUs * 10) / 10 };
-}
-
-/** User and system time so far (proc(5), fields 14 and 15, in ticks of 10 ms). */
-function cpuMs(child: ChildProcess): number {
-  const stat = readFileSync(`/proc/${child.pid}/stat`, 'utf8');
-  const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ');
-  return (Number(fields[11]) + Number(fields[12])) * 10;
 }
 
 /** Load of a fixed rate, each answer with its latency. */
@@ -319,12 +313,9 @@ async function change(
   return { updates, checked, wrong };
 }
 
-async function ours(runtime: string, port: number): Promise<Own> {
+async function ours(runtime: Runtime, port: number): Promise<Own> {
   const file = join(import.meta.dirname, 'bench_dns_server.ts');
-  const argv =
-    runtime === 'deno'
-      ? [process.env['DENO'] ?? 'deno', 'run', '-A', '--quiet', DENO_HEAP_FLAGS, file]
-      : [process.execPath, '--disable-warning=ExperimentalWarning', file];
+  const argv = [...runtimeArgv(runtime), file];
   const child = start(pinned(0, [...argv, String(port), String(SERVICES)]));
   try {
     await answering(port);

@@ -29,6 +29,7 @@ import {
   setOffloads,
   shell,
 } from './proxy_lab.ts';
+import { growth } from './usage.ts';
 
 const PATHS = ['veth', 'vxlan', 'kernel', 'node', 'deno', 'same_node'] as const;
 type Path = (typeof PATHS)[number];
@@ -367,7 +368,6 @@ const TARGETS: readonly (readonly [string, string, string])[] = [
 interface Soaked {
   /** Resident set of the larger agent at even times, MB. */
   readonly rss_mb: readonly number[];
-  /** From the second fifth to the last, MB: in the first one tables fill and code is compiled. */
   readonly growth_mb: number;
 }
 
@@ -381,9 +381,7 @@ async function soak(place: Place, total: number): Promise<Soaked> {
     load(place, 'udp', 60_000, 2, 64);
     samples.push(round((await agents(place)).rssMb));
   }
-  const fifth = (nth: number): number =>
-    median(samples.filter((_, i) => Math.floor((i * 5) / samples.length) === nth));
-  return { rss_mb: samples, growth_mb: samples.length < 5 ? Number.NaN : fifth(4) - fifth(1) };
+  return { rss_mb: samples, growth_mb: growth(samples) };
 }
 
 const places = new Map<Path, Place>();

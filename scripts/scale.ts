@@ -2,7 +2,7 @@
 //   npm run scale -- [--json FILE] [--only claims|agents|interest|leader_kills] [--agents N] [--kills N]
 // Prints what it measures and, with --json, writes it; what had to be reached and was not is named under `missed`, and
 // ends the run with status 1. It starts its own etcd and processes and ends them.
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import process from 'node:process';
@@ -13,6 +13,7 @@ import { measureAgents } from './scale/agents.ts';
 import { measureClaims } from './scale/claims.ts';
 import { measureInterest } from './scale/interest.ts';
 import { measureLeaderKills } from './scale/leaders.ts';
+import { residentMb } from './usage.ts';
 
 export interface Bench {
   readonly etcd: PrivateEtcd;
@@ -49,10 +50,7 @@ for (const part of parts) {
     console.log(`\n${part}`);
     results[part] = await PARTS[part]({
       etcd,
-      rssMb: async () => {
-        const status = await readFile(`/proc/${etcd.pid}/status`, 'utf8');
-        return Math.round(Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1] ?? 0) / 1024);
-      },
+      rssMb: async () => Math.round(residentMb(etcd.pid)),
       say: (text) => console.log(`  ${text}`),
     });
     for (const [name, value] of Object.entries(results[part] as object)) {

@@ -143,8 +143,9 @@ export const FLOW_AGE_S = 30;
 export const FLOW_WRITE_MS = 10;
 /** Flows looked at for expiry per tick of 250 ms; 65,536 are seen within 4 s. */
 export const FLOW_SWEEP = 4_096;
-/** V8's young generation in the packet loop's thread, MB: three spaces of a third each. Left alone it doubles as long as
- *  flows that live for minutes pass through it: 10 minutes of new connections made 150 MB of resident set 290. */
+/** V8's young generation in the packet loop's thread, MB: three spaces of a third each, also where nobody has bounded the
+ *  process's heap (coordinator/io/heap.ts; Deno without flags). Left alone it doubles as long as something lives through
+ *  it: 10 minutes of new connections made 150 MB of resident set 290, when flows were objects. */
 export const LOOP_YOUNG_MB = 12;
 /** How often the packet loop says which services and nodes its flows lead to: every flow is seen twice meanwhile, a node
  *  is watched for three times as long (edge/probe.ts), and no interest ends within a minute (`--interest-idle`). */

@@ -10,8 +10,8 @@ import { setFlagsFromString } from 'node:v8';
  */
 const RUNNING = ['--semi-space-growth-factor=1', '--heap-growing-percent=50'];
 
-/** The same for the command line of Deno, which takes V8's flags there and nowhere else. 4 MB: with 2 the p99 of names is
- *  half as long again, with 8 nothing is won. */
+/** The same for the command line of Deno, which takes V8's flags there and nowhere else. 4 MB: with 2 the p99 of names was
+ *  longer, and V8's own limit won nothing. */
 export const DENO_HEAP_FLAGS = '--v8-flags=--max-semi-space-size=4,--heap-growing-percent=50';
 
 /** For the main thread and those that it starts later; before much is allocated. */

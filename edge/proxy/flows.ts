@@ -185,7 +185,7 @@ function pair(port: number, remotePort: number): number {
 }
 
 /**
- * A flow is a number: its place in these columns, from `open` to `remove`; later another one may have it. Columns and no
+ * A flow is a number: its slot in these columns, from `open` to `remove`; later another one may have it. Columns and no
  * objects, because what comes and goes by the hundred in a second is garbage that a runtime's old generation grows by.
  * They are read by everybody and written here, but for the sequence numbers.
  */
@@ -193,7 +193,7 @@ export class FlowTable {
   readonly max: number;
   evicted = 0;
   watcher: FlowWatcher | undefined;
-  /** 0: nobody's place. */
+  /** 0: a free slot. */
   readonly protocol: Uint8Array;
   /** FLOW_STATE. */
   readonly state: Uint8Array;
@@ -218,12 +218,12 @@ export class FlowTable {
   /** When it last went to the end of its list. */
   readonly #touchedMs: Float64Array;
   readonly #instances: (InstanceEntry | undefined)[] = [];
-  /** Neighbours in its list of its owner, or NONE; of a free place: the next free one. */
+  /** Neighbours in its list of its owner, or NONE; of a free slot: the next free one. */
   readonly #before: Int32Array;
   readonly #after: Int32Array;
   #free = NONE;
-  /** Places that were ever used; memory behind them was never touched. */
-  #places = 0;
+  /** Slots that were ever used; memory behind them was never touched. */
+  #slots = 0;
   readonly #dialledIndex: TupleIndex;
   readonly #wireIndex: TupleIndex;
   /** By namespace IP; at most as many as instances here. */
@@ -289,7 +289,7 @@ export class FlowTable {
     );
     if (this.#size >= this.max) this.#evict();
     let flow = this.#free;
-    if (flow === NONE) flow = this.#places++;
+    if (flow === NONE) flow = this.#slots++;
     else this.#free = this.#after[flow]!;
     this.protocol[flow] = protocol;
     this.state[flow] = state;
@@ -356,9 +356,9 @@ export class FlowTable {
     this.watcher?.use(flow);
   }
 
-  /** Removes stale flows among the next `count` places, and marks the peers of the others; returns how many went. */
+  /** Removes stale flows among the next `count` slots, and marks the peers of the others; returns how many went. */
   sweep(count: number, now: number): number {
-    const total = this.#places;
+    const total = this.#slots;
     let removed = 0;
     for (let i = Math.min(count, total); i > 0; i--) {
       if (this.#swept >= total) this.#swept = 0;
@@ -379,7 +379,7 @@ export class FlowTable {
 
   /** Every flow, in no order; the table may lose the current one meanwhile. */
   *[Symbol.iterator](): IterableIterator<number> {
-    for (let flow = 0; flow < this.#places; flow++) if (this.protocol[flow] !== 0) yield flow;
+    for (let flow = 0; flow < this.#slots; flow++) if (this.protocol[flow] !== 0) yield flow;
   }
 
   remove(flow: number): void {

@@ -3,7 +3,6 @@
 //
 // parent ── JSON lines on stdin/stdout ── workers; times are CLOCK_MONOTONIC, which all processes share
 import { type ChildProcess, spawn } from 'node:child_process';
-import { readFile } from 'node:fs/promises';
 import process from 'node:process';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
@@ -34,6 +33,7 @@ import { parseServiceId, type ServiceId } from '../../src/name.ts';
 import { layoutOf } from '../../src/plan.ts';
 import { DEFAULT_NETWORK_CONFIG } from '../../src/records.ts';
 import type { Bench } from '../scale.ts';
+import { residentMb } from '../usage.ts';
 import { inParallel, percentile, round, sharedNowMs } from './stats.ts';
 
 const keys = new Keys();
@@ -181,12 +181,7 @@ export async function measureAgents({ etcd, say, rssMb }: Bench, count: number) 
       whole.push(done !== undefined && at.length >= tables ? Math.max(...at) - done.startMs : Infinity);
       if (done !== undefined) for (const atMs of at) lags.push(Math.max(0, atMs - done.commitMs));
     }
-    const memory = await Promise.all(
-      workers.map(async ({ pid }) => {
-        const status = await readFile(`/proc/${pid}/status`, 'utf8');
-        return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1] ?? 0) / 1024;
-      }),
-    );
+    const memory = workers.map(({ pid }) => residentMb(pid!));
     const rss = await rssMb();
     process.kill(etcd.pid, 'SIGSTOP');
     all({ kind: 'heal' });

@@ -152,7 +152,7 @@ test('FlowTable equals a list: both faces, removal, expiry, and who goes first w
   assert.throws(() => table.remove(only!), /removed once/);
 });
 
-test('FlowTable: a place that was given up tells nothing of who had it', () => {
+test('FlowTable: a slot that was given up tells nothing of who had it', () => {
   const table = new FlowTable(1);
   const first = table.open(6, 1, 2, 3, 80, 2, entry(9), 5);
   table.serverNext[first] = 7;
